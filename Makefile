@@ -1,0 +1,42 @@
+# Everything runs inside .venv, which the first target called creates. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
+	$(BIN)/ggro demo
+
+test: .venv/installed  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/installed  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE_SOURCES))
+
+format: .venv/installed  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE_SOURCES))
+
+bench: .venv/installed  ## kernels and decoding against their baselines
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/decoding.py
+
+clean:  ## remove everything that is built
+	rm -rf .venv build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f ggro_kernels/*.so
+
+# Constraints bind the build environment too, so that a fresh machine builds what CI built.
+.venv/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES)
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --editable '.[test,lint,bench]'
+	touch $@

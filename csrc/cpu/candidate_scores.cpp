@@ -1,0 +1,95 @@
+#include "ggro/candidate_scores.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace ggro::cpu {
+namespace {
+
+constexpr int kUnroll = 4;
+constexpr int64_t kStep = kUnroll * kLanes;
+
+// Fewer multiply-adds than this per thread cost less than waking the thread.
+constexpr int64_t kMinWorkPerThread = 1 << 16;
+
+template <typename T>
+void widen(const T* x, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = to_float(x[i]);
+}
+
+template <typename T>
+float dot(const float* a, const T* b, int64_t width) {
+  Vec sums[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) sums[u] = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      sums[u] = fma(load(a + i + u * kLanes), load(b + i + u * kLanes), sums[u]);
+    }
+  }
+  for (; i + kLanes <= width; i += kLanes) sums[0] = fma(load(a + i), load(b + i), sums[0]);
+  float sum = horizontal_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  for (; i < width; ++i) sum += a[i] * to_float(b[i]);
+  return sum;
+}
+
+template <typename G, typename T>
+void run(const CandidateScoresArgs& args) {
+  const int64_t pairs = args.positions * args.candidates;
+  if (pairs == 0) return;
+  const int threads = static_cast<int>(std::max<int64_t>(
+      1, std::min({static_cast<int64_t>(args.num_threads), pairs, pairs * args.width / kMinWorkPerThread})));
+  const G* gradient = static_cast<const G*>(args.gradient);
+  const T* table = static_cast<const T*>(args.table);
+  const std::unique_ptr<float[]> widened(new float[static_cast<size_t>(threads * args.width)]);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+#endif
+  for (int thread = 0; thread < threads; ++thread) {
+    float* row = widened.get() + thread * args.width;
+    int64_t position = -1;
+    for (int64_t i = pairs * thread / threads; i < pairs * (thread + 1) / threads; ++i) {
+      if (i / args.candidates != position) {
+        position = i / args.candidates;
+        widen(gradient + position * args.gradient_stride, args.width, row);
+      }
+      args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, args.width);
+    }
+  }
+}
+
+template <typename G>
+void run_with_gradient(const CandidateScoresArgs& args) {
+  switch (args.table_dtype) {
+    case DType::kFloat32:
+      return run<G, float>(args);
+    case DType::kBFloat16:
+      return run<G, BFloat16>(args);
+    case DType::kFloat16:
+      return run<G, Float16>(args);
+  }
+}
+
+}  // namespace
+
+namespace GGRO_ISA {
+
+void candidate_scores(const CandidateScoresArgs& args) {
+  switch (args.gradient_dtype) {
+    case DType::kFloat32:
+      return run_with_gradient<float>(args);
+    case DType::kBFloat16:
+      return run_with_gradient<BFloat16>(args);
+    case DType::kFloat16:
+      return run_with_gradient<Float16>(args);
+  }
+}
+
+}  // namespace GGRO_ISA
+}  // namespace ggro::cpu

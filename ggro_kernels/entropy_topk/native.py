@@ -1,0 +1,33 @@
+"""`entropy_topk` by csrc/cpu/entropy_topk.cpp."""
+
+import torch
+
+from ggro_kernels.dispatch import native
+from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+
+
+def entropy_topk(
+    logits: torch.Tensor, k: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(entropy[R], logsumexp[R], values[R, k], indices[R, k])` of CPU logits [R, V]."""
+    logits = with_unit_column_stride(logits)
+    rows, vocab = logits.shape
+    entropy = torch.empty(rows, dtype=torch.float32)
+    logsumexp = torch.empty(rows, dtype=torch.float32)
+    values = torch.empty(rows, k, dtype=logits.dtype)
+    indices = torch.empty(rows, k, dtype=torch.int64)
+    native().entropy_topk(
+        logits.data_ptr(),
+        DTYPE_CODES[logits.dtype],
+        rows,
+        vocab,
+        logits.stride(0),
+        k,
+        temperature,
+        entropy.data_ptr(),
+        logsumexp.data_ptr(),
+        values.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return entropy, logsumexp, values, indices

@@ -1,0 +1,26 @@
+"""Reward-guided decoding on HuggingFace models with the least work per step."""
+
+from ggro_hf.decoding import GGRO, PRESETS, BestOfN, Decoder, Greedy, NoProgressError, Preset, Sample
+from ggro_hf.generation import generate, generate_iter
+from ggro_hf.results import Candidate, Counters, DecoderOutput, Generation, Segment, Trace
+from ggro_hf.rewards import RewardModel
+
+__all__ = [
+    "GGRO",
+    "PRESETS",
+    "BestOfN",
+    "Candidate",
+    "Counters",
+    "Decoder",
+    "DecoderOutput",
+    "Generation",
+    "Greedy",
+    "NoProgressError",
+    "Preset",
+    "RewardModel",
+    "Sample",
+    "Segment",
+    "Trace",
+    "generate",
+    "generate_iter",
+]

@@ -1,0 +1,148 @@
+"""A KV cache that can be rewound: preallocated layers behind the interface of `transformers.Cache`."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_GROWTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Consecutive tokens with their keys and values `[batch, heads, tokens, head_dim]`, one pair a layer."""
+
+    token_ids: list[int]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class RewindableLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that grows by doubling; rewinding only moves `length`.
+
+    A sliding-window layer keeps every token, so it can be rewound past its window, and shows attention the window
+    alone. A pass that needs gradients gets its new keys and values through the graph, the earlier ones as constants.
+    """
+
+    # `transformers` types them as optional, being lazy.
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, capacity: int, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self._first_visible()
+        start, end = self.length, self.length + key_states.shape[-2]
+        self.write(key_states.detach(), value_states.detach())
+        if key_states.requires_grad:
+            return (
+                torch.cat([self.keys[:, :, first:start], key_states], dim=-2),
+                torch.cat([self.values[:, :, first:start], value_states], dim=-2),
+            )
+        return self.keys[:, :, first:end], self.values[:, :, first:end]
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Append without attention: what `update` stores, and what a saved branch restores."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        end = self.length + keys.shape[-2]
+        if end > self.keys.shape[-2]:
+            self.capacity = max(end, 2 * self.keys.shape[-2])
+            self.keys = self._grown(self.keys, keys)
+            self.values = self._grown(self.values, values)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+
+    def read_last(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy the keys and values of the last `tokens` tokens."""
+        last = slice(self.length - tokens, self.length)
+        return self.keys[:, :, last].clone(), self.values[:, :, last].clone()
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first_visible()
+        return self.length - first + query_length, first
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def _first_visible(self) -> int:
+        return 0 if self.sliding_window is None else max(0, self.length - self.sliding_window + 1)
+
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
+        batch, heads, tokens, width = like.shape
+        rows = -(-max(self.capacity, tokens) // _GROWTH) * _GROWTH
+        return torch.empty((batch, heads, rows, width), dtype=like.dtype, device=like.device)
+
+    def _grown(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        grown = self._allocate(like)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+
+class RewindableCache(Cache):
+    """A cache whose last tokens can be dropped, set aside and put back at the cost of those tokens alone.
+
+    Raises ValueError where a layer of the model keeps a state that cannot be rewound (linear attention, state space,
+    ...).
+    """
+
+    def __init__(self, config: PretrainedConfig, capacity: int = 0) -> None:
+        self._rewindable = [_rewindable(layer, capacity, config) for layer in DynamicCache(config=config).layers]
+        super().__init__(layers=list(self._rewindable))
+
+    def rewind(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        for layer in self._rewindable:
+            layer.length = length
+
+    def save(self, token_ids: list[int]) -> Branch:
+        """Copy the keys and values of the last tokens, which are `token_ids`."""
+        return Branch(token_ids, tuple(layer.read_last(len(token_ids)) for layer in self._rewindable))
+
+    def restore(self, branch: Branch) -> None:
+        """Append a branch again; it must have been saved after the same prefix."""
+        for layer, (keys, values) in zip(self._rewindable, branch.layers, strict=True):
+            layer.write(keys, values)
+
+
+def _rewindable(layer: object, capacity: int, config: PretrainedConfig) -> RewindableLayer:
+    if type(layer) is DynamicLayer:
+        return RewindableLayer(capacity)
+    if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in (_layer_types(config) or ()):
+        return RewindableLayer(capacity, sliding_window=layer.sliding_window)
+    raise ValueError(
+        f"model of type {config.model_type!r} has a cache layer {type(layer).__name__} whose state cannot be rewound; "
+        "use a model with full or sliding-window attention only"
+    )
+
+
+def _layer_types(config: PretrainedConfig) -> list[str] | None:
+    return getattr(config.get_text_config(decoder=True), "layer_types", None)
+
+
+def common_prefix_length(first: list[int], second: list[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

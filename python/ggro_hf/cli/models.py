@@ -1,0 +1,94 @@
+"""Load a policy and a reward model for a command, or say in one line why not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ggro_hf.cli.errors import CommandError, one_line
+from ggro_hf.policy import check_policy
+from ggro_hf.rewards import RewardModel
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPolicy:
+    """A language model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def default_device() -> str:
+    """The accelerator where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a policy's tokenizer; raises CommandError."""
+    return _load("policy", name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def load_policy(name: str, dtype: torch.dtype | None, device: str) -> LoadedPolicy:
+    """Load a causal language model (`dtype=None`: the checkpoint's); raises CommandError."""
+    model = _load("policy", name, lambda: _read_policy(name, dtype, device))
+    return LoadedPolicy(model, load_tokenizer(name))
+
+
+def load_reward(name: str, dtype: torch.dtype | None, device: str) -> RewardModel:
+    """Load a reward model (`dtype=None`: the checkpoint's); raises CommandError."""
+    return _load("reward model", name, lambda: RewardModel.from_pretrained(name, dtype=dtype, device=device))
+
+
+def _load(role: str, name: str, read: Callable[[], Loaded]) -> Loaded:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise CommandError(f"{role} {name!r}: there is no such directory; give a directory or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CommandError(f"{role} {name!r}: no config.json in it; give the directory of a saved model")
+    try:
+        return read()
+    except SafetensorError as error:
+        raise CommandError(
+            f"{role} {name!r}: its safetensors file is damaged or cut short ({one_line(error)}); "
+            "copy or download it again"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        message = one_line(error)
+        raise CommandError(message if repr(name) in message else f"{role} {name!r}: {message}") from error
+
+
+def _read_policy(name: str, dtype: torch.dtype | None, device: str) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    )
+    model, loading = loaded
+    architecture = next(iter(model.config.architectures or []), type(model).__name__)
+    if loading["missing_keys"] or architecture.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"is a {architecture} without the weights of a language model's head; "
+            "give a causal language model as --policy"
+        )
+    check_policy(model)
+    _check_causal(model.eval())
+    return model.to(device)
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    """Raise ValueError where a prediction changes with a later token, as an encoder's does."""
+    with torch.no_grad():
+        first, second = (model(torch.tensor([[1, 2, last]], device=model.device)).logits[0, 0] for last in (3, 4))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"is a {type(model).__name__} whose predictions depend on later tokens: "
+            "an encoder, not a causal language model"
+        )

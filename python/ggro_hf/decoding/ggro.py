@@ -1,0 +1,152 @@
+"""Gradient-guided reward optimisation: at high-entropy positions, the token that the reward's gradient prefers."""
+
+import math
+from typing import Any, Self
+
+from transformers.generation.streamers import BaseStreamer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ggro_hf.decoding.base import Decoder, Request, check_context, finish_reason, open_policy, read_position
+from ggro_hf.decoding.presets import PRESETS
+from ggro_hf.decoding.released import decode_as_released, released_rules
+from ggro_hf.decoding.segment_search import EndRules, SearchSettings, SegmentSearch
+from ggro_hf.prompts import Prompt, released_prompt
+from ggro_hf.results import Counters, Generation, Trace
+from ggro_hf.rewards import RewardModel, RewardPrefix
+
+
+class GGRO(Decoder):
+    """Greedy decoding in segments that end before a high-entropy token, each refined by single-token interventions.
+
+    A segment is first decoded greedily. While refinements remain, the reward's gradient at the segment's first token
+    (at `insertion_offset` in the first segment) ranks the policy's `candidates` likeliest tokens there; the best one
+    is forced and the segment decoded again. The candidate with the largest reward becomes part of the response.
+    Published by the GGRO authors; the semantics are those of their released code with its defects mended, or
+    reproduced with `as_released=True`.
+
+    Args:
+        reward: reward model that reads the policy's token ids.
+        tokenizer: the policy's; checks that the vocabularies agree. Required by `as_released`.
+        entropy_threshold: nats at which a token ends the segment before it.
+        refinements: passes per segment, the un-nudged one included.
+        candidates: number of likeliest tokens that compete for a position.
+        check_every: only every n-th token of a segment may end it.
+        nudge_tokens: most consecutive tokens that one intervention replaces.
+        perplexity_ratio: largest perplexity of a candidate relative to the un-nudged one that may still win.
+        as_released: the released code's behaviour token for token: state kept as text between segments, entropy with
+            clamped probabilities, every end-of-sequence id stops but only the tokenizer's finishes.
+        insertion_offset: offset of the first segment's nudged token; `None` is 4 as released (the assistant's header),
+            else 0.
+
+    Raises ValueError for settings out of range; see `Decoder` for the ways to call it.
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        entropy_threshold: float = 1.5,
+        refinements: int = 8,
+        candidates: int = 25,
+        check_every: int = 1,
+        nudge_tokens: int = 1,
+        perplexity_ratio: float | None = None,
+        as_released: bool = False,
+        insertion_offset: int | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        super().__init__(streamer=streamer)
+        for name, value in (
+            ("refinements", refinements),
+            ("candidates", candidates),
+            ("check_every", check_every),
+            ("nudge_tokens", nudge_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if math.isnan(entropy_threshold):
+            raise ValueError("entropy_threshold is NaN, but must be a number of nats")
+        if perplexity_ratio is not None and not perplexity_ratio >= 1:
+            raise ValueError(f"perplexity_ratio is {perplexity_ratio}, but must be at least 1 (or None for no limit)")
+        if as_released and tokenizer is None:
+            raise ValueError("as_released keeps its state as text and needs tokenizer=")
+        self.reward = reward
+        self.tokenizer = tokenizer
+        self.entropy_threshold = entropy_threshold
+        self.refinements = refinements
+        self.candidates = candidates
+        self.check_every = check_every
+        self.nudge_tokens = nudge_tokens
+        self.perplexity_ratio = perplexity_ratio
+        self.as_released = as_released
+        self.insertion_offset = insertion_offset if insertion_offset is not None else (4 if as_released else 0)
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer)
+
+    @classmethod
+    def from_preset(cls, name: str, reward: RewardModel, **overrides: Any) -> Self:
+        """A decoder with the settings of `PRESETS[name]`, of which keyword arguments override any."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+        preset = PRESETS[name]
+        settings: dict[str, Any] = {
+            "entropy_threshold": preset.entropy_threshold,
+            "refinements": preset.refinements,
+            "candidates": preset.candidates,
+            "check_every": preset.check_every,
+            "nudge_tokens": preset.nudge_tokens,
+            "perplexity_ratio": preset.perplexity_ratio,
+        }
+        if preset.prefill_attack:
+            settings["insertion_offset"] = 0
+        return cls(reward, **(settings | overrides))
+
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+        if self.as_released:
+            return released_prompt(tokenizer, prompt, prefill_attack=self.insertion_offset == 0)
+        return super().encode_prompt(tokenizer, prompt)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.reward.check_tokenizer(tokenizer)
+
+    def _decode(self, request: Request, counters: Counters) -> Generation:
+        vocabulary = request.model.get_output_embeddings().weight.shape[0]
+        if self.candidates > vocabulary:
+            raise ValueError(
+                f"candidates is {self.candidates}, but the policy's vocabulary has {vocabulary} tokens; lower it"
+            )
+        check_context(self.reward.model, request, "reward model")
+        if self.as_released:
+            assert self.tokenizer is not None
+            search = self._open_search(request, counters, released_rules(self.tokenizer, request.eos_ids))
+            return decode_as_released(request, self.tokenizer, search, self.insertion_offset, self._stream)
+        rules = EndRules(request.eos_ids, lambda token_ids: token_ids[-1] in request.eos_ids, read_position)
+        search = self._open_search(request, counters, rules)
+        trace = Trace()
+        token_ids: list[int] = []
+        while not search.complete:
+            segment = search.refine(0 if trace.segments else self.insertion_offset)
+            trace.append(segment)
+            token_ids += segment.chosen.token_ids
+            self._stream(list(segment.chosen.token_ids))
+        return Generation(
+            request.prompt_ids, token_ids, finish_reason(token_ids, request), search.reward, trace, counters
+        )
+
+    def _open_search(self, request: Request, counters: Counters, rules: EndRules) -> SegmentSearch:
+        """A search whose models hold the prompt."""
+        settings = SearchSettings(
+            entropy_threshold=self.entropy_threshold,
+            refinements=self.refinements,
+            candidates=self.candidates,
+            check_every=self.check_every,
+            nudge_tokens=self.nudge_tokens,
+            perplexity_ratio=self.perplexity_ratio,
+            total=len(request.prompt_ids) + request.max_new_tokens,
+        )
+        policy = open_policy(request, counters)
+        prefix = RewardPrefix(self.reward, counters, capacity=settings.total)
+        with counters.phase("reward"):
+            prefix.extend(list(request.prompt_ids))
+        return SegmentSearch(settings, rules, policy, prefix, counters)

@@ -1,0 +1,58 @@
+"""The embedded demo models and the openings the demo continues."""
+
+from pathlib import Path
+
+POLICY = Path(__file__).parent / "policy"
+REWARD = Path(__file__).parent / "reward"
+GOLD = Path(__file__).parent / "gold"
+
+PROMPTS: tuple[str, ...] = (
+    "The first half of this film",
+    "I watched this with my sister last night and",
+    "There is a scene near the beginning where",
+    "When the lights went down in the theater,",
+    "The director has made several films before, but",
+    "My expectations were low when I",
+    "The story follows a young teacher who",
+    "I had never heard of this movie until",
+    "The lead actor plays a detective who",
+    "Having read the novel first, I",
+    "The music in this picture",
+    "It is set in a small town where",
+    "After about twenty minutes, the plot",
+    "The most interesting thing about the script",
+    "A friend told me to rent this because",
+    "Some people say the ending",
+    "The camera work in the opening scene",
+    "This is the third movie in the series and",
+    "The two main characters meet when",
+    "I saw this at a festival and the audience",
+    "The dialogue between the brothers",
+    "For a film made on a small budget,",
+    "The special effects in the storm scene",
+    "What I remember most about this movie",
+    "The movie starts with a long train ride and",
+    "Once the family moves into the house,",
+    "The supporting cast includes a few",
+    "It took me a while to understand why",
+    "As a fan of old westerns, I",
+    "The final twenty minutes of the story",
+    "This documentary looks at the lives of",
+    "The villain in this one",
+    "My kids wanted to see this, so",
+    "Compared with the original version, this remake",
+    "The acting of the two leads",
+    "On a rainy Sunday afternoon I",
+    "The film tries to mix comedy with",
+    "There are only a few movies about war that",
+    "The costumes and the sets",
+    "Halfway through the story, the hero",
+    "I caught this on late night television and",
+    "The relationship between the mother and her son",
+    "The pace of the film",
+    "Everyone in the cast seems to",
+    "The trailer made me think that this",
+    "In the last act the writer",
+    "It has been years since I",
+    "The humor in this movie",
+)

@@ -1,0 +1,1 @@
+"""Training code: the recipe of the embedded demo models."""

@@ -1,0 +1,116 @@
+"""What was built, what is chosen, and that a request never falls back silently."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ggro_kernels import candidate_scores, dispatch, entropy_topk
+from ggro_kernels.info import capabilities
+from tests.ggro_kernels.test_registration import run_in_fresh_process
+
+LOGITS = torch.randn(2, 30)
+NEEDS_NATIVE = pytest.mark.skipif(dispatch.native_error is not None, reason=f"native: {dispatch.native_error}")
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_native", None)
+    monkeypatch.setattr(dispatch, "native_error", "it was left out")
+
+
+def test_info_runs() -> None:
+    output = subprocess.run([sys.executable, "-m", "ggro_kernels.info"], capture_output=True, text=True, check=True)
+    for expected in ("torch: ", "native:", "isa: ", "threads: ", "ggro_kernels::entropy_topk: "):
+        assert expected in output.stdout
+    assert output.stderr == ""
+
+
+def test_capabilities() -> None:
+    found = capabilities()
+    assert json.loads(json.dumps(found)) == found
+    assert found["threads"] == torch.get_num_threads()
+    assert (found["native"]["error"] is None) == found["native"]["loaded"]
+    expected = "native" if found["native"]["loaded"] else "reference"
+    assert all(devices["cpu"] == expected for devices in found["ops"].values())
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_native() -> None:
+    found = capabilities()
+    assert found["native"] == {"loaded": False, "error": "it was left out", "openmp": None, "isas": [], "isa": None}
+    assert found["ops"]["ggro_kernels::entropy_topk"]["cpu"] == "reference"
+    assert torch.equal(entropy_topk(LOGITS, 3).indices, entropy_topk(LOGITS, 3, impl="reference").indices)
+    with pytest.raises(RuntimeError, match="impl='native' is not available: it was left out"):
+        entropy_topk(LOGITS, 3, impl="native")
+
+
+def test_a_missing_extension_is_reported() -> None:
+    run_in_fresh_process(
+        """
+        import sys
+        sys.modules["ggro_kernels._native"] = None
+        import torch, ggro_kernels
+        from ggro_kernels import dispatch
+        assert "reinstall without GGRO_BUILD_NATIVE=0" in dispatch.native_error, dispatch.native_error
+        ggro_kernels.entropy_topk(torch.randn(2, 30), 3)
+        """
+    )
+
+
+def test_triton_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="impl='triton' is not available in this version"):
+        entropy_topk(LOGITS, 3, impl="triton")
+
+
+def test_unknown_impl() -> None:
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'native', 'triton', 'reference', got 'cuda'"):
+        entropy_topk(LOGITS, 3, impl="cuda")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        candidate_scores(LOGITS, LOGITS, torch.zeros(2, 1, dtype=torch.int64), impl="cuda")
+
+
+@NEEDS_NATIVE
+def test_native_refuses_fp64() -> None:
+    with pytest.raises(RuntimeError, match=r"impl='native' takes .*got torch\.float64: use 'reference'"):
+        entropy_topk(LOGITS.double(), 3, impl="native")
+
+
+def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GGRO_IMPL", "triton")
+    with pytest.raises(RuntimeError, match="impl='triton'"):
+        entropy_topk(LOGITS, 3)
+    entropy_topk(LOGITS, 3, impl="reference")
+    monkeypatch.setenv("GGRO_IMPL", "fastest")
+    with pytest.raises(ValueError, match=r"GGRO_IMPL must be one of .*got 'fastest'"):
+        entropy_topk(LOGITS, 3)
+    monkeypatch.setenv("GGRO_IMPL", "reference")
+    assert dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "reference"
+
+
+@NEEDS_NATIVE
+def test_instruction_set_is_chosen_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = dispatch.native()
+    assert native.available_isas()[0] == "baseline"
+    for isa in native.available_isas():
+        monkeypatch.setenv("GGRO_CPU_ISA", isa)
+        assert native.selected_isa() == isa
+    monkeypatch.setenv("GGRO_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="GGRO_CPU_ISA is 'avx1024', but this build and processor offer: baseline"):
+        entropy_topk(LOGITS, 3, impl="native")
+    monkeypatch.delenv("GGRO_CPU_ISA")
+    assert native.selected_isa() == native.available_isas()[-1]
+
+
+@NEEDS_NATIVE
+def test_every_instruction_set_selects_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3, 9001).bfloat16()
+    results = []
+    for isa in dispatch.native().available_isas():
+        monkeypatch.setenv("GGRO_CPU_ISA", isa)
+        results.append(entropy_topk(logits, 100, impl="native"))
+    for result in results[1:]:
+        assert torch.equal(result.indices, results[0].indices)
+        torch.testing.assert_close(result.entropy, results[0].entropy, rtol=1e-6, atol=0)
