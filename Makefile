@@ -13,7 +13,7 @@ demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writ
 	$(BIN)/ggro demo
 
 test: .venv/installed  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

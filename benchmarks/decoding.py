@@ -11,7 +11,6 @@ memory is measured in a fresh process each, as growth over the loaded models.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -180,9 +179,17 @@ def peak_growth(vocabulary: int, name: str) -> int:
 def print_peak(vocabulary: int, name: str) -> None:
     """The child process of `peak_growth`."""
     run = methods(build_pair(vocabulary))[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Building the models had a peak of its own: start counting afresh (Linux).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_kib("VmRSS")
     run()
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(1024 * (memory_kib("VmHWM") - before))
+
+
+def memory_kib(field: str) -> int:
+    """A field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def print_table(title: str, results: dict[str, dict[str, object]]) -> None:

@@ -89,7 +89,7 @@ def test_sampling_settings_of_a_checkpoint_do_not_get_in_the_way(policy, reward)
 
 def test_processors_and_criteria_that_would_be_ignored_are_refused(policy):
     ids = torch.tensor([PROMPT])
-    with pytest.raises(ValueError, match="RepetitionPenaltyLogitsProcessor.*repetition_penalty=1.0"):
+    with pytest.raises(ValueError, match=r"RepetitionPenaltyLogitsProcessor.*repetition_penalty=1.0"):
         policy.generate(ids, custom_generate=Greedy(), max_new_tokens=5, repetition_penalty=1.2)
     with pytest.raises(ValueError, match="logits_processor holds"):
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])
@@ -182,7 +182,7 @@ def test_a_streamer_sees_the_prompt_then_every_token_once(policy, reward, name):
     generation = decoder(policy, torch.tensor([PROMPT]), max_new_tokens=15).generations[0]
     prompt, *parts = decoder.streamer.received
     assert prompt == PROMPT
-    assert sum(parts, []) == generation.token_ids
+    assert [token for part in parts for token in part] == generation.token_ids
     assert decoder.streamer.ended == 1
 
 

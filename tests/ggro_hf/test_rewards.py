@@ -108,10 +108,10 @@ def test_an_encoder_is_refused(tmp_path):
         max_position_embeddings=32,
     )
     model = BertForSequenceClassification(config)
-    with pytest.raises(ValueError, match="BertForSequenceClassification.*causal"):
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification.*causal"):
         RewardModel(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertForSequenceClassification.*causal"):
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification.*causal"):
         RewardModel.from_pretrained(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_one_moved_token_among_many_is_found():
 def test_more_reward_tokens_are_fine_but_too_few_rows_are_not():
     policy = {f"t{index}": index for index in range(100)}
     check_shared_vocabulary(Vocabulary(policy), Vocabulary(policy | {"[PAD]": 100}), 101)
-    with pytest.raises(ValueError, match="reach id 99.*has 90 rows"):
+    with pytest.raises(ValueError, match=r"reach id 99.*has 90 rows"):
         check_shared_vocabulary(Vocabulary(policy), Vocabulary(policy), 90)
 
 

@@ -21,7 +21,7 @@ from ggro_kernels import __version__
 
 # An interval over fewer prompts says too little.
 _FEWEST_PROMPTS = 32
-_ENTROPY_THRESHOLD = 2.0
+_ENTROPY_THRESHOLD = 3.0
 _REFINEMENTS = 8
 _CANDIDATES = 25
 

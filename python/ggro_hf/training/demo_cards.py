@@ -39,7 +39,8 @@ ggro train-demo --data DIR --output python/ggro_hf/demo_models --seed {seed}
 
 `DIR` holds `train.jsonl.gz` and `val.jsonl.gz`, one `{{"text", "label"}}` per line. {minutes:.0f} minutes on two CPU
 cores shared with other work{beside}. Stored as float16, computed in float32; every figure above was measured on the
-stored weights, loaded back in float32 by plain transformers."""
+stored weights, loaded back in float32 by plain transformers. Another CPU, thread count or torch version rounds
+differently, so the command repeats the recipe, not the bits."""
 
 
 def policy_card(

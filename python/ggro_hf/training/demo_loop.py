@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def trapezoid(step: int, steps: int, warmup: int, decay: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms, also in code compiled meanwhile: its embedding gradient otherwise adds in any order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def train_resumably(
     name: str,
     model: nn.Module,
@@ -110,19 +122,20 @@ def train_resumably(
     start = time.monotonic() - spent
     smoothed: float | None = None
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, position=progress_row, mininterval=2.0)
-    for step in bar:
-        rate = rate_of_step(step)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = peak * rate
-        loss = loss_of_step(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save(step + 1, time.monotonic() - start)
+    with _deterministic():
+        for step in bar:
+            rate = rate_of_step(step)
+            for optimizer, rates in zip(optimizers, peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = peak * rate
+            loss = loss_of_step(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
+            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                save(step + 1, time.monotonic() - start)
     return time.monotonic() - start

@@ -131,9 +131,9 @@ def train_demo(
 def sample_texts(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Two texts of at most 160 tokens, sampled at temperature 0.8 from the first two demo prompts."""
     length = min(160, policy.config.max_position_embeddings)
+    torch.manual_seed(0)
     texts = []
     for prompt in PROMPTS[:2]:
-        torch.manual_seed(0)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         ids = cast(Any, policy).generate(**inputs, do_sample=True, temperature=0.8, top_k=0, max_length=length)
         texts.append(str(tokenizer.decode(ids[0], skip_special_tokens=True)))

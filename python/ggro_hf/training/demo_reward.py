@@ -21,8 +21,8 @@ class RewardRecipe:
     `last_weight` times the loss at its last position.
     """
 
-    layers: int = 2
-    epochs: int = 3
+    layers: int = 3
+    epochs: int = 2
     tokens_per_step: int = 4096
     row_lengths: tuple[int, ...] = (128, 224, 352, 512)
     first_position: int = 8
@@ -30,8 +30,8 @@ class RewardRecipe:
     end_probability: float = 0.5
     hide_probability: float = 0.1
     dropout: float = 0.1
-    matrix_lr: float = 2e-3
-    other_lr: float = 1e-3
+    matrix_lr: float = 1e-2
+    other_lr: float = 6e-3
     weight_decay: float = 0.1
     warmup: int = 50
 
