@@ -128,7 +128,7 @@ over its positions from {recipe.first_position} on plus {recipe.last_weight:g} t
 reviews end in `<|end|>` with probability {recipe.end_probability:g}. Muon for matrices (learning rate
 {recipe.matrix_lr:g}), AdamW for the rest ({recipe.other_lr:g}), {recipe.warmup} warm-up steps, linear decay to zero,
 weight decay {recipe.weight_decay:g} on matrices, bfloat16 autocast. The policy it starts from has read all training
-reviews, both halves, without their labels.
+reviews, both halves, without their labels. The learning rates were chosen on the first 600 held-out reviews.
 
 {_HOW_MADE.format(seed=seed, minutes=report.seconds[name] / 60, beside=", beside the other of the two")}
 
