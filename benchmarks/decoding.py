@@ -24,7 +24,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from ggro_hf import GGRO, Greedy, RewardModel
+from ggro_hf import GGRO, Greedy, RewardModel, demo_models
 from ggro_hf.decoding.base import Request
 from ggro_hf.results import Generation
 
@@ -111,7 +111,7 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
     decoders_ = {
         "GGRO, as released": GGRO(pair.reward, tokenizer=pair.tokenizer, as_released=True, **settings),
         "GGRO": GGRO(pair.reward, **settings),
-        "GGRO, never intervening": GGRO(pair.reward, entropy_threshold=float("inf"), refinements=1),
+        "GGRO, never intervening": never_intervening(pair),
         "Greedy": Greedy(),
     }
 
@@ -127,11 +127,8 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
         }
 
     def run_generate() -> dict[str, object]:
-        ids = torch.tensor([pair.prompt])
-        output = pair.policy.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        return {"tokens": output[0, PROMPT_TOKENS:].tolist(), "policy_tokens": PROMPT_TOKENS + NEW_TOKENS - 1}
+        tokens = generate_greedily(pair)[PROMPT_TOKENS:]
+        return {"tokens": tokens, "policy_tokens": PROMPT_TOKENS + NEW_TOKENS - 1}
 
     def run(decoder: GGRO | Greedy) -> dict[str, object]:
         generation = respond(decoder, pair.policy, pair.prompt)
@@ -152,6 +149,45 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
     }
 
 
+def build_embedded_pair() -> Pair:
+    """The embedded models, where Python and not arithmetic takes most of a step."""
+    policy = LlamaForCausalLM.from_pretrained(demo_models.POLICY, dtype=torch.float32)
+    policy.generation_config.eos_token_id = None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_models.POLICY)
+    reward = RewardModel.from_pretrained(demo_models.REWARD, dtype=torch.float32)
+    return Pair(policy, reward, tokenizer, tokenizer(demo_models.PROMPTS[0])["input_ids"], 3.0)
+
+
+def measure_without_nudges(pair: Pair, rounds: int) -> dict[str, float]:
+    """Tokens per second of the methods that decode greedily, interleaved medians."""
+    prompt_length = len(pair.prompt)
+    runs = {
+        "GGRO, never intervening": lambda: respond(never_intervening(pair), pair.policy, pair.prompt).token_ids,
+        "Greedy": lambda: respond(Greedy(), pair.policy, pair.prompt).token_ids,
+        "transformers generate, greedy": lambda: generate_greedily(pair)[prompt_length:],
+    }
+    assert len({tuple(run()) for run in runs.values()}) == 1
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            seconds[name].append(perf_counter() - start)
+    return {name: NEW_TOKENS / statistics.median(times) for name, times in seconds.items()}
+
+
+def never_intervening(pair: Pair) -> GGRO:
+    """One pass, one segment: GGRO's own way of being greedy."""
+    return GGRO(pair.reward, entropy_threshold=float("inf"), refinements=1)
+
+
+def generate_greedily(pair: Pair) -> list[int]:
+    """Prompt and response of transformers' own greedy search."""
+    ids = torch.tensor([pair.prompt])
+    output = pair.policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    return output[0].tolist()
+
+
 def measure(pair: Pair, rounds: int) -> dict[str, dict[str, object]]:
     """Interleaved rounds after one warm-up of the quick methods; medians."""
     runs = methods(pair)
@@ -162,9 +198,10 @@ def measure(pair: Pair, rounds: int) -> dict[str, dict[str, object]]:
             start = perf_counter()
             results[name] = run()
             seconds[name].append(perf_counter() - start)
+    expected = results["released algorithm"]["tokens"]
     for name, result in results.items():
         result["tokens_per_second"] = NEW_TOKENS / statistics.median(seconds[name])
-        result["same_as_released"] = result.pop("tokens") == results["released algorithm"].get("tokens")
+        result["same_as_released"] = result.pop("tokens") == expected
     return results
 
 
@@ -231,6 +268,15 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "runs": [],
     }
+    embedded = build_embedded_pair()
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        speeds = measure_without_nudges(embedded, rounds=11)
+        print(
+            f"embedded pair, {threads} thread(s): "
+            + ", ".join(f"{name} {x:.0f} tokens/s" for name, x in speeds.items())
+        )
+        report["runs"].append({"vocabulary": "embedded", "threads": threads, "tokens_per_second": speeds})
     for vocabulary in arguments.vocabulary:
         pair = build_pair(vocabulary)
         peaks = {name: peak_growth(vocabulary, name) for name in ("released algorithm", "GGRO, as released")}
