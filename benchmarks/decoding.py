@@ -5,7 +5,8 @@
 Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32; 128 prompt tokens, 64 new ones. The released
 algorithm is its transcription in tests/ggro_hf/released.py with `released_cost`, whose stop-string table is built
 once, outside the clock (the released code builds it at every pass). Rounds are interleaved, figures are medians. Peak
-memory is measured in a fresh process each, as growth over the loaded models.
+memory of GGRO and the released algorithm is measured in a fresh process each, as growth over the loaded models. The
+methods that decode greedily are also timed on the embedded pair.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 import transformers
@@ -30,6 +32,8 @@ from ggro_hf.results import Generation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ggro_hf"))
 from released import ReleasedGGRO, Settings
+
+T = TypeVar("T")
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 REFINEMENTS, CANDIDATES = 8, 25
@@ -159,21 +163,26 @@ def build_embedded_pair() -> Pair:
 
 
 def measure_without_nudges(pair: Pair, rounds: int) -> dict[str, float]:
-    """Tokens per second of the methods that decode greedily, interleaved medians."""
-    prompt_length = len(pair.prompt)
-    runs = {
+    """Tokens per second of the methods that decode greedily."""
+    runs: dict[str, Callable[[], list[int]]] = {
         "GGRO, never intervening": lambda: respond(never_intervening(pair), pair.policy, pair.prompt).token_ids,
         "Greedy": lambda: respond(Greedy(), pair.policy, pair.prompt).token_ids,
-        "transformers generate, greedy": lambda: generate_greedily(pair)[prompt_length:],
+        "transformers generate, greedy": lambda: generate_greedily(pair)[len(pair.prompt) :],
     }
     assert len({tuple(run()) for run in runs.values()}) == 1
+    return {name: NEW_TOKENS / seconds for name, (_, seconds) in interleaved(runs, rounds).items()}
+
+
+def interleaved(runs: dict[str, Callable[[], T]], rounds: int) -> dict[str, tuple[T, float]]:
+    """The last result of every function and its median seconds, the functions taking turns."""
+    results: dict[str, T] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             start = perf_counter()
-            run()
+            results[name] = run()
             seconds[name].append(perf_counter() - start)
-    return {name: NEW_TOKENS / statistics.median(times) for name, times in seconds.items()}
+    return {name: (results[name], statistics.median(times)) for name, times in seconds.items()}
 
 
 def never_intervening(pair: Pair) -> GGRO:
@@ -189,20 +198,18 @@ def generate_greedily(pair: Pair) -> list[int]:
 
 
 def measure(pair: Pair, rounds: int) -> dict[str, dict[str, object]]:
-    """Interleaved rounds after one warm-up of the quick methods; medians."""
+    """One row a method, after one warm-up of all but the slow released algorithm."""
     runs = methods(pair)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    results = {name: run() for name, run in runs.items() if name != "released algorithm"}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = perf_counter()
-            results[name] = run()
-            seconds[name].append(perf_counter() - start)
-    expected = results["released algorithm"]["tokens"]
-    for name, result in results.items():
-        result["tokens_per_second"] = NEW_TOKENS / statistics.median(seconds[name])
-        result["same_as_released"] = result.pop("tokens") == expected
-    return results
+    for name, run in runs.items():
+        if name != "released algorithm":
+            run()
+    measured = interleaved(runs, rounds)
+    expected = measured["released algorithm"][0]["tokens"]
+    rows = {}
+    for name, (result, seconds) in measured.items():
+        same = result.pop("tokens") == expected
+        rows[name] = {**result, "tokens_per_second": NEW_TOKENS / seconds, "same_as_released": same}
+    return rows
 
 
 def peak_growth(vocabulary: int, name: str) -> int:

@@ -44,30 +44,28 @@ class RewindableLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        first, start = self._first_visible(), self.length
+        first = self._first_visible()
+        start, end = self.length, self.length + key_states.shape[-2]
+        self.write(key_states.detach(), value_states.detach())
         if key_states.requires_grad:
-            self.write(key_states.detach(), value_states.detach())
             return (
                 torch.cat([self.keys[:, :, first:start], key_states], dim=-2),
                 torch.cat([self.values[:, :, first:start], value_states], dim=-2),
             )
-        self.write(key_states, value_states)
-        visible = self.length - first
-        return self.keys.narrow(2, first, visible), self.values.narrow(2, first, visible)
+        return self.keys[:, :, first:end], self.values[:, :, first:end]
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append without attention: what `update` stores, and what a saved branch restores."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        start, tokens = self.length, keys.shape[2]
-        if start + tokens > self.keys.shape[2]:
-            self.capacity = max(start + tokens, 2 * self.keys.shape[2])
+        end = self.length + keys.shape[-2]
+        if end > self.keys.shape[-2]:
+            self.capacity = max(end, 2 * self.keys.shape[-2])
             self.keys = self._grown(self.keys, keys)
             self.values = self._grown(self.values, values)
-        # This runs in every layer of every step: `narrow` costs half of an index with slices.
-        self.keys.narrow(2, start, tokens).copy_(keys)
-        self.values.narrow(2, start, tokens).copy_(values)
-        self.length = start + tokens
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
 
     def read_last(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the keys and values of the last `tokens` tokens."""
