@@ -9,9 +9,7 @@ import torch
 
 import ggro_kernels
 from ggro_kernels import dispatch
-from ggro_kernels.library import NAMESPACE
-
-OPS = ("candidate_scores", "entropy_topk")
+from ggro_kernels.library import NAMESPACE, registered_ops
 
 
 def capabilities() -> dict[str, Any]:
@@ -45,7 +43,7 @@ def capabilities() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ.get(name) for name in ("GGRO_IMPL", "GGRO_CPU_ISA")},
-        "ops": {f"{NAMESPACE}::{op}": dict(automatic) for op in OPS},
+        "ops": {f"{NAMESPACE}::{op}": dict(automatic) for op in registered_ops()},
     }
 
 

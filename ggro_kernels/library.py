@@ -8,18 +8,41 @@ import torch
 NAMESPACE = "ggro_kernels"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_names: list[str] = []
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    save_for_backward: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
     """Register one op for every device and return its overload.
 
-    `schema` is the op's signature without namespace, `kernel` runs it, `fake` gives the shapes, dtypes and strides of
-    its outputs. Define and impl cost 3-10 us a call, `torch.library.custom_op` 26-90 us.
+    Args:
+        schema: the op's signature without namespace.
+        kernel: runs it.
+        fake: gives the shapes, dtypes and strides of its outputs.
+        save_for_backward: `(ctx, inputs, output)`, with `backward`; without them the outputs are detached.
+        backward: `(ctx, *gradients of the outputs)`, one gradient or None per input. It may call registered ops only,
+            or the op could not be compiled.
+
+    Define and impl cost 3-10 us a call, `torch.library.custom_op` 26-90 us.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    # The outputs are detached from the inputs, as documented by each op.
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    if backward is None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save_for_backward, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _names.append(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def registered_ops() -> tuple[str, ...]:
+    """Names of the ops registered so far, in alphabetical order."""
+    return tuple(sorted(_names))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "ggro/errors.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -81,6 +82,11 @@ void run_with_gradient(const CandidateScoresArgs& args) {
 namespace GGRO_ISA {
 
 void candidate_scores(const CandidateScoresArgs& args) {
+  for (int64_t i = 0; i < args.positions * args.candidates; ++i) {
+    if (args.ids[i] >= 0 && args.ids[i] < args.vocab) continue;
+    throw_out_of_range("ids", i / args.candidates, i % args.candidates, args.ids[i], args.vocab - 1,
+                       "the rows of the table");
+  }
   switch (args.gradient_dtype) {
     case DType::kFloat32:
       return run_with_gradient<float>(args);

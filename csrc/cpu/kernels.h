@@ -1,17 +1,23 @@
 #pragma once
 
-#include "ggro/candidate_scores.h"
-#include "ggro/entropy_topk.h"
+#include "ggro/ops.h"
 
 // The same kernel sources are compiled once per instruction set, each time into its own namespace.
-#define GGRO_DECLARE_CPU_KERNELS(isa)                     \
-  namespace ggro::cpu::isa {                              \
-  void entropy_topk(const EntropyTopKArgs& args);         \
-  void candidate_scores(const CandidateScoresArgs& args); \
-  }
+namespace ggro::cpu {
 
-GGRO_DECLARE_CPU_KERNELS(baseline)
-GGRO_DECLARE_CPU_KERNELS(avx2)
-GGRO_DECLARE_CPU_KERNELS(avx512)
+#define GGRO_DECLARE(op, Args) void op(const Args& args);
+namespace baseline {
+GGRO_OPS(GGRO_DECLARE)
+}
+namespace avx2 {
+GGRO_OPS(GGRO_DECLARE)
+}
+namespace avx512 {
+GGRO_OPS(GGRO_DECLARE)
+}
+namespace avx512bf16 {
+GGRO_OPS(GGRO_DECLARE)
+}
+#undef GGRO_DECLARE
 
-#undef GGRO_DECLARE_CPU_KERNELS
+}  // namespace ggro::cpu

@@ -3,6 +3,7 @@
 import torch
 
 from ggro_kernels.candidate_scores.ops import candidate_scores_op
+from ggro_kernels.checks import check_floating, check_int64, check_tensor
 from ggro_kernels.dispatch import check_impl
 
 
@@ -26,18 +27,12 @@ def candidate_scores(
         IndexError: an id outside the table (checked on a CPU; on an accelerator the check would need a host sync).
         RuntimeError: the implementation asked for is not available.
     """
-    for name, tensor in (("gradient", gradient), ("table", table), ("ids", ids)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got shape {list(tensor.shape)}")
-        if tensor.device != gradient.device:
-            raise ValueError(f"{name} must be on the gradient's device {gradient.device}, got {tensor.device}")
-    for name, tensor in (("gradient", gradient), ("table", table)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    check_tensor("gradient", gradient, "[P, d]")
+    check_tensor("table", table, "[V, d]", like=gradient)
+    check_tensor("ids", ids, "[P, k]", like=gradient)
+    check_floating("gradient", gradient)
+    check_floating("table", table)
+    check_int64("ids", ids)
     if table.shape[1] != gradient.shape[1]:
         raise ValueError(f"table must have the gradient's width d={gradient.shape[1]}, got shape {list(table.shape)}")
     if ids.shape[0] != gradient.shape[0]:

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from ggro_kernels.checks import check_floating, check_k, check_range, check_tensor
 from ggro_kernels.dispatch import check_impl
 from ggro_kernels.entropy_topk.ops import entropy_topk_op
 
-MAX_K = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 
 
@@ -48,18 +48,9 @@ def entropy_topk(logits: torch.Tensor, k: int, *, temperature: float = 1.0, impl
 
     H = log S - T / S with S = sum e^(x-m), T = sum (x-m) e^(x-m), m = max x (the shifted form: no NaN at -inf).
     """
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
-    if logits.dim() != 2:
-        raise ValueError(f"logits must have shape [R, V], got {list(logits.shape)}: flatten leading dimensions first")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    vocab = logits.shape[1]
-    if not 1 <= k <= MAX_K or k > vocab:
-        raise ValueError(f"k must be in 1 .. min({MAX_K}, V={vocab}), got {k}")
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature must be in {MIN_TEMPERATURE} .. {MAX_TEMPERATURE}, got {temperature}")
+    check_tensor("logits", logits, "[R, V]")
+    check_floating("logits", logits)
+    check_k(k, logits.shape[1])
+    check_range("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
     check_impl(impl)
     return EntropyTopK(*entropy_topk_op(logits, k, temperature, impl))

@@ -4,7 +4,7 @@ import pytest
 
 from ggro_kernels import dispatch
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 IMPLEMENTATIONS = ("reference", *(f"native-{isa}" for isa in ISAS))
 
 

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, torch.compile, inference mode, a fresh process."""
+"""Every op as torch sees it: opcheck, torch.compile, inference mode, meta tensors, threads, a fresh process."""
 
 import os
 import subprocess
@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ggro_kernels import candidate_scores, entropy_topk
-from ggro_kernels.candidate_scores.ops import candidate_scores_op
-from ggro_kernels.entropy_topk.ops import entropy_topk_op
+from ggro_kernels.library import NAMESPACE, registered_ops
 from ggro_kernels.testing import bitwise
+from tests.ggro_kernels.samples import SAMPLES, OpSample
+
+sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in SAMPLES.items()])
 
 
 def run_in_fresh_process(code: str, **environment: str) -> str:
@@ -27,32 +30,96 @@ def run_in_fresh_process(code: str, **environment: str) -> str:
     return result.stdout
 
 
-ENTROPY_TOPK_SAMPLES = {
-    "fp32": (torch.randn(3, 100), 5, 1.0),
-    "bf16 with a row stride": (torch.randn(3, 100).bfloat16()[:, :77], 5, 0.7),
-    "fp16 column stride": (torch.randn(100, 3).half().t(), 2, 1.0),
-    "no rows": (torch.randn(0, 100), 5, 1.0),
-    "fp64": (torch.randn(2, 10, dtype=torch.float64), 5, 1.0),
-    "requires grad": (torch.randn(2, 10, requires_grad=True), 5, 1.0),
-}
+class OpCalls(TorchDispatchMode):
+    """Records the calls of this package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == NAMESPACE:
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def assert_bitwise_equal(actual: Any, expected: Any) -> None:
+    for a, b in zip(outputs_of(actual), outputs_of(expected), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+        assert torch.equal(bitwise(a), bitwise(b)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def test_every_op_has_a_sample() -> None:
+    with OpCalls() as recorder:
+        for sample in SAMPLES.values():
+            arguments = {
+                name: value.detach().requires_grad_()
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+                else value
+                for name, value in sample.arguments.items()
+            }
+            differentiable = [x for x in outputs_of(sample.function(**arguments)) if x.requires_grad]
+            if differentiable:
+                sum(x.double().sum() for x in differentiable).backward()
+    assert {func._schema.name.removeprefix(f"{NAMESPACE}::") for func, _ in recorder.calls} == set(registered_ops())
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("name", ENTROPY_TOPK_SAMPLES)
-def test_opcheck_entropy_topk(name: str, impl: str) -> None:
-    torch.library.opcheck(entropy_topk_op, (*ENTROPY_TOPK_SAMPLES[name], impl))
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
-@pytest.mark.parametrize("positions", [0, 4])
-def test_opcheck_candidate_scores(positions: int, dtypes: tuple[torch.dtype, torch.dtype], impl: str) -> None:
-    arguments = (torch.randn(positions, 33).to(dtypes[0]), torch.randn(50, 33).to(dtypes[1]))
-    torch.library.opcheck(candidate_scores_op, (*arguments, torch.randint(50, (positions, 5)), impl))
+@sampled
+def test_opcheck(sample: OpSample, impl: str) -> None:
+    with OpCalls() as recorder:
+        sample.function(**sample.arguments, impl=impl)
+    assert recorder.calls
+    for func, arguments in recorder.calls:
+        torch.library.opcheck(func, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(dynamic: bool) -> None:
+@sampled
+def test_compile_fullgraph(sample: OpSample, dynamic: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(sample.function, fullgraph=True, dynamic=dynamic)
+    assert_bitwise_equal(compiled(**sample.arguments), sample.function(**sample.arguments))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@sampled
+def test_grad_modes(sample: OpSample, mode: Callable[[], Any]) -> None:
+    with mode():
+        result = sample.function(**sample.arguments)
+    assert_bitwise_equal(result, sample.function(**sample.arguments))
+
+
+@sampled
+def test_meta_tensors_give_shapes(sample: OpSample) -> None:
+    arguments = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in sample.arguments.items()
+    }
+    shapes = outputs_of(sample.function(**arguments))
+    for meta, real in zip(shapes, outputs_of(sample.function(**sample.arguments)), strict=True):
+        assert meta.device.type == "meta"
+        assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@sampled
+def test_same_bits_for_any_number_of_threads(sample: OpSample, native_impl: str) -> None:
+    if any(value.dtype == torch.float64 for value in sample.arguments.values() if isinstance(value, torch.Tensor)):
+        pytest.skip("fp64 has no native kernels")
+    alone = sample.function(**sample.arguments, impl=native_impl)
+    try:
+        for threads in (2, 3, 4, 7):
+            torch.set_num_threads(threads)
+            assert_bitwise_equal(sample.function(**sample.arguments, impl=native_impl), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_two_ops_for_several_shapes(dynamic: bool) -> None:
     def step(logits: torch.Tensor, table: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
         result = entropy_topk(logits * 2, 5, temperature=temperature)
         scores = candidate_scores(logits[:, :16], table, result.indices)
@@ -84,27 +151,6 @@ def test_error_inside_compiled_code_is_the_op_error() -> None:
     compiled = torch.compile(candidate_scores, fullgraph=True)
     with pytest.raises(IndexError, match=r"ids\[0, 0\] must be in 0 \.\. 4"):
         compiled(torch.randn(1, 3), torch.randn(5, 3), torch.tensor([[5]]))
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_grad_modes(mode: Callable[[], Any]) -> None:
-    logits = torch.randn(2, 40)
-    with mode():
-        result = entropy_topk(logits, 3)
-    expected = entropy_topk(logits, 3)
-    for a, b in zip(result, expected, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(bitwise(result.entropy), bitwise(expected.entropy))
-
-
-def test_meta_tensors_give_shapes() -> None:
-    result = entropy_topk(torch.empty(3, 40, dtype=torch.bfloat16, device="meta"), 4)
-    assert [(list(t.shape), t.dtype) for t in result] == [
-        ([3], torch.float32),
-        ([3], torch.float32),
-        ([3, 4], torch.bfloat16),
-        ([3, 4], torch.int64),
-    ]
 
 
 def test_first_call_of_a_process_under_compile() -> None:

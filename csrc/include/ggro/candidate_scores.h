@@ -7,6 +7,7 @@
 namespace ggro {
 
 // scores[p, j] = <gradient[p], table[ids[p, j]]>, accumulated in fp32 in an order that depends on `width` only.
+// Throws std::out_of_range for an id outside 0 .. vocab - 1.
 struct CandidateScoresArgs {
   const void* gradient;  // [positions, width], unit column stride
   DType gradient_dtype;
@@ -22,8 +23,5 @@ struct CandidateScoresArgs {
   float* scores;  // [positions, candidates], contiguous
   int num_threads;
 };
-
-// Returns the flat position of the first id outside 0 .. vocab - 1 (nothing is computed then), or -1.
-int64_t candidate_scores(const CandidateScoresArgs& args);
 
 }  // namespace ggro

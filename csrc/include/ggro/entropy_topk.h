@@ -26,6 +26,4 @@ struct EntropyTopKArgs {
   int num_threads;
 };
 
-void entropy_topk(const EntropyTopKArgs& args);
-
 }  // namespace ggro

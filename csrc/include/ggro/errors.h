@@ -1,0 +1,12 @@
+#pragma once
+
+#include <cstdint>
+
+namespace ggro {
+
+// Throws std::out_of_range (an IndexError in Python): "ids[1, 4] must be in 0 .. 49, the rows of the table, got 50".
+// Out of line, so that no code for building messages is compiled per instruction set.
+[[noreturn]] void throw_out_of_range(const char* argument, int64_t row, int64_t column, int64_t value, int64_t last,
+                                     const char* meaning);
+
+}  // namespace ggro

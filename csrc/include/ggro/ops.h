@@ -1,0 +1,18 @@
+#pragma once
+
+#include "ggro/candidate_scores.h"
+#include "ggro/entropy_topk.h"
+
+// Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
+// set and the public entry points are all generated from this list.
+#define GGRO_OPS(X)                        \
+  X(candidate_scores, CandidateScoresArgs) \
+  X(entropy_topk, EntropyTopKArgs)
+
+namespace ggro {
+
+#define GGRO_DECLARE(op, Args) void op(const Args& args);
+GGRO_OPS(GGRO_DECLARE)
+#undef GGRO_DECLARE
+
+}  // namespace ggro

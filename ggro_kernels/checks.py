@@ -1,0 +1,51 @@
+"""Checks of arguments that several ops share: a message names the argument, what came and what is wanted."""
+
+import torch
+
+
+def check_tensor(name: str, tensor: object, shape: str, like: torch.Tensor | None = None) -> None:
+    """Raise unless `tensor` is a tensor with the dimensions of `shape`, such as "[R, V]", on the device of `like`."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the other tensors, got {tensor.device}")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError unless `tensor` is of a float dtype."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_int64(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError unless `tensor` is int64."""
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+
+
+def check_k(k: object, vocab: int, largest: int = 256) -> None:
+    """Raise unless `k` is an int in 1 .. min(largest, vocab)."""
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= largest or k > vocab:
+        raise ValueError(f"k must be in 1 .. min({largest}, V={vocab}), got {k}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high; NaN is refused."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low} .. {high}, got {value}")
+
+
+def check_indices(name: str, indices: torch.Tensor, last: int, meaning: str) -> None:
+    """Raise IndexError for a value of `indices` [N, K] outside 0 .. last; CPU only, elsewhere it would need a sync."""
+    if indices.device.type != "cpu":
+        return
+    bad = ((indices < 0) | (indices > last)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise IndexError(
+            f"{name}[{row}, {column}] must be in 0 .. {last}, {meaning}, got {indices[row, column].item()}"
+        )

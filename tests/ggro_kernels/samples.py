@@ -1,0 +1,52 @@
+"""One entry per op: what the tests that hold for every op call it with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ggro_kernels import candidate_scores, entropy_topk
+
+
+@dataclass(frozen=True)
+class OpSample:
+    """A public function and arguments for it."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _ids(vocab: int, *shape: int) -> torch.Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(vocab))
+
+
+def _samples() -> dict[str, OpSample]:
+    bf16, fp64 = torch.bfloat16, torch.float64
+    return {
+        "candidate_scores fp32": OpSample(
+            candidate_scores, {"gradient": _normal(4, 33), "table": _normal(50, 33), "ids": _ids(50, 4, 5)}
+        ),
+        "candidate_scores mixed dtypes": OpSample(
+            candidate_scores,
+            {"gradient": _normal(20, 300), "table": _normal(500, 300, dtype=bf16), "ids": _ids(500, 20, 25)},
+        ),
+        "candidate_scores no positions": OpSample(
+            candidate_scores, {"gradient": _normal(0, 33), "table": _normal(50, 33), "ids": _ids(50, 0, 5)}
+        ),
+        "entropy_topk fp32": OpSample(entropy_topk, {"logits": _normal(3, 70001), "k": 25}),
+        "entropy_topk bf16 with a row stride": OpSample(
+            entropy_topk, {"logits": _normal(3, 100, dtype=bf16)[:, :77], "k": 5, "temperature": 0.7}
+        ),
+        "entropy_topk column stride": OpSample(entropy_topk, {"logits": _normal(100, 3).t(), "k": 2}),
+        "entropy_topk no rows": OpSample(entropy_topk, {"logits": _normal(0, 100), "k": 5}),
+        "entropy_topk fp64": OpSample(entropy_topk, {"logits": _normal(2, 10, dtype=fp64), "k": 5}),
+    }
+
+
+SAMPLES = _samples()
