@@ -56,11 +56,16 @@ inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Gives b where either is NaN.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 // One bit per lane: set where x > y or either is NaN.
 inline uint32_t not_less_equal(Vec x, Vec y) { return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ); }
+// a < b ? x : y in every lane.
+inline Vec blend_less(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 
 #elif defined(__AVX2__)
 
@@ -78,11 +83,13 @@ inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline uint32_t not_less_equal(Vec x, Vec y) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ)));
 }
+inline Vec blend_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
 #else
 
@@ -105,6 +112,7 @@ inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline uint32_t not_less_equal(Vec x, Vec y) {
@@ -113,6 +121,7 @@ inline uint32_t not_less_equal(Vec x, Vec y) {
   for (int i = 0; i < kLanes; ++i) mask |= (rejected[i] == 0 ? 1u : 0u) << i;
   return mask;
 }
+inline Vec blend_less(Vec a, Vec b, Vec x, Vec y) { return a < b ? x : y; }
 
 #endif
 
@@ -168,6 +177,22 @@ inline Vec exp2_nonpositive(Vec z) {
 }
 
 #endif
+
+// Relative error below 3e-7, odd, NaN for NaN. Small arguments by Cephes' polynomial, others by e^(-2|x|).
+inline Vec tanh(Vec x) {
+  const Vec zero = broadcast(0.0f);
+  const Vec magnitude = blend_less(x, zero, sub(zero, x), x);
+  const Vec square = mul(x, x);
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = fma(p, square, broadcast(2.06390887954e-2f));
+  p = fma(p, square, broadcast(-5.37397155531e-2f));
+  p = fma(p, square, broadcast(1.33314422036e-1f));
+  p = fma(p, square, broadcast(-3.33332819422e-1f));
+  const Vec small = fma(mul(p, square), x, x);
+  const Vec power = exp2_nonpositive(max(broadcast(kExp2Floor), mul(magnitude, broadcast(-2.8853900817779268f))));
+  const Vec large = div(sub(broadcast(1.0f), power), add(broadcast(1.0f), power));
+  return blend_less(magnitude, broadcast(0.625f), small, blend_less(x, zero, sub(zero, large), large));
+}
 
 inline float horizontal_sum(Vec x) {
   float lanes[kLanes];

@@ -1,0 +1,186 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "simd.h"
+#include "transpose.h"
+
+// Register-blocked products of small tiles, the shared core of every op that multiplies matrices. Each output is one
+// chain of multiply-adds in the order of the depth, so its bits do not depend on the tile it was computed in.
+// In an unnamed namespace for the reason given in simd.h.
+namespace ggro::cpu {
+namespace {
+
+// Two neighbours of a bf16 row, multiplied and added in one instruction where the processor has it.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+// What a depth step consumes of a row, as kLanes of it lie in a vector.
+template <typename Unit>
+inline Vec load_units(const Unit* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+
+inline Vec multiply_add(float a, Vec b, Vec sum) { return fma(broadcast(a), b, sum); }
+
+#if defined(__AVX512BF16__)
+inline Vec multiply_add(BFloat16Pair a, Vec b, Vec sum) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a.bits))),
+                          reinterpret_cast<__m512bh>(b));
+}
+#endif
+
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes;
+
+// As many rows as leave their sums, two vectors of b and one of a in registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+template <int kRows, typename Unit>
+inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_stride, const Unit* b, int64_t b_stride,
+                          int64_t depth, float* out, int64_t out_stride, bool accumulate) {
+  Vec sums[kRows][kTileVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) sums[r][v] = broadcast(0.0f);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    Vec columns[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) columns[v] = load_units(b + i * b_stride + v * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const Unit element = a[r * a_row_stride + i * a_depth_stride];
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* o = out + r * out_stride + v * kLanes;
+      store(o, accumulate ? add(load(o), sums[r][v]) : sums[r][v]);
+    }
+  }
+}
+
+// out[r, j] (+)= sum over i of a[r, i] b[i, j] for r < rows <= kTileRows and j < kTileColumns: the sum starts from zero
+// and is added to what `out` holds if `accumulate`.
+// a: rows of depth units. b: depth rows of kTileColumns units. Strides in units, those of `out` in floats.
+template <typename Unit>
+void multiply_tile(const Unit* a, int64_t a_stride, int rows, const Unit* b, int64_t b_stride, int64_t depth,
+                   float* out, int64_t out_stride, bool accumulate) {
+  switch (rows) {
+#define GGRO_ROWS(n)                                                                                                 \
+  case n:                                                                                                            \
+    if constexpr (n <= kTileRows) multiply_rows<n>(a, a_stride, 1, b, b_stride, depth, out, out_stride, accumulate); \
+    return;
+    GGRO_ROWS(1)
+    GGRO_ROWS(2)
+    GGRO_ROWS(3)
+    GGRO_ROWS(4)
+    GGRO_ROWS(5)
+    GGRO_ROWS(6)
+    GGRO_ROWS(7)
+    GGRO_ROWS(8)
+    GGRO_ROWS(9)
+    GGRO_ROWS(10)
+    GGRO_ROWS(11)
+    GGRO_ROWS(12)
+#undef GGRO_ROWS
+  }
+}
+
+// As multiply_tile, with `a` packed by pack_transposed: unit r of depth step i at a[i * kTileRows + r], and b packed
+// with kTileColumns.
+template <typename Unit>
+void multiply_packed_tile(const Unit* a, int rows, const Unit* b, int64_t depth, float* out, int64_t out_stride,
+                          bool accumulate) {
+  switch (rows) {
+#define GGRO_ROWS(n)                                                                          \
+  case n:                                                                                     \
+    if constexpr (n <= kTileRows)                                                             \
+      multiply_rows<n>(a, 1, kTileRows, b, kTileColumns, depth, out, out_stride, accumulate); \
+    return;
+    GGRO_ROWS(1)
+    GGRO_ROWS(2)
+    GGRO_ROWS(3)
+    GGRO_ROWS(4)
+    GGRO_ROWS(5)
+    GGRO_ROWS(6)
+    GGRO_ROWS(7)
+    GGRO_ROWS(8)
+    GGRO_ROWS(9)
+    GGRO_ROWS(10)
+    GGRO_ROWS(11)
+    GGRO_ROWS(12)
+#undef GGRO_ROWS
+  }
+}
+
+// How a row of T is read as units: fp32 values, or the pairs that its bf16 values lie in.
+template <typename T>
+inline Vec load_row_units(const T* row, int64_t unit, float) {
+  return load(row + unit);
+}
+template <typename T>
+inline Vec load_row_units(const T* row, int64_t unit, BFloat16Pair) {
+  return load(reinterpret_cast<const float*>(row) + unit);
+}
+template <typename T>
+inline float load_unit(const T* row, int64_t unit, int64_t, float) {
+  return to_float(row[unit]);
+}
+template <typename T>
+inline BFloat16Pair load_unit(const T* row, int64_t unit, int64_t width, BFloat16Pair) {
+  BFloat16Pair pair = {row[2 * unit].bits};
+  if (2 * unit + 1 < width) pair.bits |= static_cast<uint32_t>(row[2 * unit + 1].bits) << 16;
+  return pair;
+}
+
+// packed[i * packed_stride + j] = unit i of row j, for j < rows and first units of `width` elements.
+// kGroups vectors are written for every unit, in the order of units: what exceeds packed_stride is overwritten by the
+// next unit, and the last one needs room for it. Lanes beyond `rows` repeat the last row.
+template <int kGroups, typename Unit, typename T>
+void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride) {
+  constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
+  const int64_t units = (width + kElements - 1) / kElements;
+  const T* row_pointers[kGroups * kLanes];
+  for (int j = 0; j < kGroups * kLanes; ++j) row_pointers[j] = x + std::min<int64_t>(j, rows - 1) * stride;
+  int64_t i = 0;
+  for (; (i + kLanes) * kElements <= width; i += kLanes) {
+    for (int g = 0; g < kGroups; ++g) {
+      Vec tile[kLanes];
+      for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(row_pointers[g * kLanes + j], i, Unit());
+      transpose(tile);
+      for (int j = 0; j < kLanes; ++j) {
+        store(reinterpret_cast<float*>(packed + (i + j) * packed_stride + g * kLanes), tile[j]);
+      }
+    }
+  }
+  for (; i < units; ++i) {
+    for (int64_t j = 0; j < std::min<int64_t>(packed_stride, kGroups * kLanes); ++j) {
+      packed[i * packed_stride + j] = load_unit(row_pointers[j], i, width, Unit());
+    }
+  }
+}
+
+// packed[i * kTileColumns + j] = element i of row j, widened to fp32, for multiply_tile.
+template <typename T>
+void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* packed) {
+  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns);
+}
+
+}  // namespace
+}  // namespace ggro::cpu
