@@ -62,4 +62,16 @@ PYBIND11_MODULE(_native, m) {
     define(m, "entropy_topk", ggro::entropy_topk, &A::logits, &A::dtype, &A::rows, &A::vocab, &A::row_stride, &A::k,
            &A::temperature, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
   }
+  {
+    using A = ggro::LmHeadEntropyTopKArgs;
+    define(m, "lm_head_entropy_topk", ggro::lm_head_entropy_topk, &A::hidden, &A::hidden_dtype, &A::hidden_stride,
+           &A::weight, &A::weight_dtype, &A::weight_stride, &A::bias, &A::softcap, &A::temperature, &A::rows, &A::vocab,
+           &A::width, &A::k, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
+  }
+  {
+    using A = ggro::ProjectTopKArgs;
+    define(m, "project_topk", ggro::project_topk, &A::gradient, &A::gradient_dtype, &A::gradient_stride, &A::table,
+           &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,
+           &A::scores, &A::indices, &A::num_threads);
+  }
 }

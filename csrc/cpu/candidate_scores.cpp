@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
 #include "simd.h"
@@ -65,18 +66,6 @@ void run(const CandidateScoresArgs& args) {
   }
 }
 
-template <typename G>
-void run_with_gradient(const CandidateScoresArgs& args) {
-  switch (args.table_dtype) {
-    case DType::kFloat32:
-      return run<G, float>(args);
-    case DType::kBFloat16:
-      return run<G, BFloat16>(args);
-    case DType::kFloat16:
-      return run<G, Float16>(args);
-  }
-}
-
 }  // namespace
 
 namespace GGRO_ISA {
@@ -87,14 +76,8 @@ void candidate_scores(const CandidateScoresArgs& args) {
     throw_out_of_range("ids", i / args.candidates, i % args.candidates, args.ids[i], args.vocab - 1,
                        "the rows of the table");
   }
-  switch (args.gradient_dtype) {
-    case DType::kFloat32:
-      return run_with_gradient<float>(args);
-    case DType::kBFloat16:
-      return run_with_gradient<BFloat16>(args);
-    case DType::kFloat16:
-      return run_with_gradient<Float16>(args);
-  }
+  with_dtypes(args.gradient_dtype, args.table_dtype,
+              [&](auto gradient, auto table) { run<decltype(gradient), decltype(table)>(args); });
 }
 
 }  // namespace GGRO_ISA

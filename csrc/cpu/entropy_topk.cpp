@@ -1,15 +1,15 @@
 #include "ggro/entropy_topk.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <type_traits>
 
+#include "dtypes.h"
 #include "kernels.h"
 #include "simd.h"
+#include "softmax_sums.h"
 #include "top_k.h"
 
 // Every row is cut into blocks of kBlock columns. A block is read once from memory into the first-level cache and there
@@ -21,9 +21,7 @@ namespace ggro::cpu {
 namespace {
 
 constexpr int64_t kBlock = 2048;
-constexpr int kUnroll = 4;
-constexpr int64_t kStep = kUnroll * kLanes;
-static_assert(kUnroll == 4 && kBlock % kStep == 0);
+static_assert(kBlock % kStep == 0);
 
 // Fewer blocks than this per thread cost less than waking the thread.
 constexpr int64_t kMinBlocksPerThread = 16;
@@ -31,65 +29,6 @@ constexpr int64_t kMinBlocksPerThread = 16;
 // Columns fetched into the cache ahead of those that are read; the processor's own prefetcher falls behind.
 constexpr int64_t kFetchAhead = 512;
 constexpr size_t kCacheLine = 64;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Sums of one block, shifted by its maximum, which ignores NaN. A NaN in the block makes `sum` NaN.
-struct BlockSums {
-  float max;
-  float sum;
-  float weighted;
-};
-
-// Folds blocks, in order, into the sums of a row.
-class RowSums {
- public:
-  explicit RowSums(double inverse_temperature) : inverse_temperature_(inverse_temperature) {}
-
-  void fold(const BlockSums& block) {
-    const double weighted = inverse_temperature_ * block.weighted;
-    if (block.max <= max_) {
-      // Both infinite: their difference would be NaN. The sum still has to carry a NaN.
-      if (std::isinf(block.max)) {
-        sum_ += block.sum;
-        return;
-      }
-      const double shift = inverse_temperature_ * (static_cast<double>(block.max) - max_);
-      const double scale = std::exp(shift);
-      sum_ += scale * block.sum;
-      weighted_ += scale * (weighted + shift * block.sum);
-    } else {
-      const double shift = inverse_temperature_ * (static_cast<double>(max_) - block.max);
-      // Nothing but -inf came before: shift is -inf, and 0 * -inf would be NaN. A NaN that came before stays.
-      const double scale = max_ == -kInfinity ? 0.0 : std::exp(shift);
-      weighted_ = weighted + (scale == 0.0 ? 0.0 : scale * (weighted_ + shift * sum_));
-      sum_ = block.sum + scale * sum_;
-      max_ = block.max;
-    }
-  }
-
-  float logsumexp() const {
-    if (std::isnan(sum_)) return kNaN;
-    if (std::isinf(max_)) return max_;
-    return static_cast<float>(inverse_temperature_ * max_ + std::log(sum_));
-  }
-
-  float entropy() const {
-    if (std::isnan(sum_) || std::isinf(max_)) return kNaN;
-    return static_cast<float>(std::log(sum_) - weighted_ / sum_);
-  }
-
- private:
-  double inverse_temperature_;
-  float max_ = -kInfinity;
-  double sum_ = 0.0;
-  double weighted_ = 0.0;
-};
-
-inline Vec reduce_sum(const Vec* accumulators) {
-  return add(add(accumulators[0], accumulators[1]), add(accumulators[2], accumulators[3]));
-}
 
 // Reads a block from memory into fp32 and takes the maximum of every lane. It does so in steps, which the sums of the
 // block before are interleaved with: reading keeps other units of the processor busy than arithmetic does.
@@ -149,41 +88,6 @@ class BlockReader {
   int64_t read_;
   Vec largest_[kUnroll];
 };
-
-inline bool any_nan(const float* x, int64_t columns) {
-  for (int64_t i = 0; i < columns; ++i) {
-    if (x[i] != x[i]) return true;
-  }
-  return false;
-}
-
-// Sums of the fp32 columns x, whose maximum is `largest`, while `next` reads the following block.
-// scale: log2(e) / temperature.
-template <typename T>
-inline BlockSums block_sums(const float* x, int64_t padded, float largest, float scale, BlockReader<T>& next) {
-  if (std::isinf(largest)) {
-    const bool nan = any_nan(x, padded);
-    return {largest, nan ? kNaN : (largest > 0.0f ? 1.0f : 0.0f), 0.0f};
-  }
-  const Vec shift = broadcast(largest);
-  const Vec scales = broadcast(scale);
-  // Keeps (x - m) e^(x-m) finite for x = -inf; the power of two is zero there.
-  const Vec floor = broadcast(std::max(kExp2Floor / scale, -FLT_MAX));
-  Vec sums[kUnroll];
-  Vec weighted[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) sums[u] = weighted[u] = broadcast(0.0f);
-  for (int64_t i = 0; i < padded; i += kStep) {
-    next.step();
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec difference = max(floor, sub(load(x + i + u * kLanes), shift));
-      const Vec power = exp2_nonpositive(mul(difference, scales));
-      sums[u] = add(sums[u], power);
-      weighted[u] = fma(difference, power, weighted[u]);
-    }
-  }
-  return {largest, horizontal_sum(reduce_sum(sums)), horizontal_sum(reduce_sum(weighted))};
-}
 
 template <typename T>
 class EntropyTopK {
@@ -255,7 +159,7 @@ class EntropyTopK {
       const int64_t next = first_block + i + 1;
       reader.start(row + next * kBlock, i + 1 < blocks ? block_columns(next) : 0, scratch[(i + 1) % 2]);
       const int64_t padded = (block_columns(first_block + i) + kStep - 1) / kStep * kStep;
-      sums[i] = block_sums(x, padded, largest, scale_, reader);
+      sums[i] = block_sums(x, padded, largest, scale_, [&reader] { reader.step(); });
     }
     top.start_from(lane_keys, blocks * kLanes);
     for (int64_t i = 0; i < blocks; ++i) {
@@ -329,14 +233,7 @@ class EntropyTopK {
 namespace GGRO_ISA {
 
 void entropy_topk(const EntropyTopKArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return EntropyTopK<float>(args).run();
-    case DType::kBFloat16:
-      return EntropyTopK<BFloat16>(args).run();
-    case DType::kFloat16:
-      return EntropyTopK<Float16>(args).run();
-  }
+  with_dtype(args.dtype, [&](auto element) { EntropyTopK<decltype(element)>(args).run(); });
 }
 
 }  // namespace GGRO_ISA

@@ -152,26 +152,33 @@ inline BFloat16Pair load_unit(const T* row, int64_t unit, int64_t width, BFloat1
 // packed[i * packed_stride + j] = unit i of row j, for j < rows and first units of `width` elements.
 // kGroups vectors are written for every unit, in the order of units: what exceeds packed_stride is overwritten by the
 // next unit, and the last one needs room for it. Lanes beyond `rows` repeat the last row.
+// next: what will be packed after this with the same stride and is fetched into the second-level cache meanwhile.
 template <int kGroups, typename Unit, typename T>
-void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride) {
+void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride,
+                     const T* next) {
   constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
   const int64_t units = (width + kElements - 1) / kElements;
-  const T* row_pointers[kGroups * kLanes];
-  for (int j = 0; j < kGroups * kLanes; ++j) row_pointers[j] = x + std::min<int64_t>(j, rows - 1) * stride;
-  int64_t i = 0;
-  for (; (i + kLanes) * kElements <= width; i += kLanes) {
-    for (int g = 0; g < kGroups; ++g) {
+  for (int g = 0; g < kGroups; ++g) {
+    const T* group[kLanes];
+    for (int j = 0; j < kLanes; ++j) group[j] = x + std::min<int64_t>(g * kLanes + j, rows - 1) * stride;
+    int64_t i = 0;
+    for (; (i + kLanes) * kElements <= width; i += kLanes) {
       Vec tile[kLanes];
-      for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(row_pointers[g * kLanes + j], i, Unit());
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        tile[j] = load_row_units(group[j], i, Unit());
+        __builtin_prefetch(next + (g * kLanes + j) * stride + i * kElements, 0, 2);
+      }
       transpose(tile);
+#pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
         store(reinterpret_cast<float*>(packed + (i + j) * packed_stride + g * kLanes), tile[j]);
       }
     }
-  }
-  for (; i < units; ++i) {
-    for (int64_t j = 0; j < std::min<int64_t>(packed_stride, kGroups * kLanes); ++j) {
-      packed[i * packed_stride + j] = load_unit(row_pointers[j], i, width, Unit());
+    for (; i < units; ++i) {
+      for (int64_t j = 0; j < std::min<int64_t>(packed_stride - g * kLanes, kLanes); ++j) {
+        packed[i * packed_stride + g * kLanes + j] = load_unit(group[j], i, width, Unit());
+      }
     }
   }
 }
@@ -179,7 +186,7 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Un
 // packed[i * kTileColumns + j] = element i of row j, widened to fp32, for multiply_tile.
 template <typename T>
 void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* packed) {
-  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns);
+  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns, x + kTileColumns * stride);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "simd.h"
 
@@ -37,12 +39,15 @@ inline int64_t candidate_index(Candidate candidate) {
   return static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(candidate));
 }
 
+// NaN for the key of a NaN; the sign of a zero is lost.
 inline float key_to_value(uint32_t key) {
   const uint32_t bits = key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu);
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+
+inline float candidate_value(Candidate candidate) { return key_to_value(static_cast<uint32_t>(candidate >> 32)); }
 
 // Signed integer in the order of the values; -0.0 is just below +0.0. x must not be NaN.
 inline int32_t ordered_key(float x) {
@@ -160,6 +165,36 @@ class TopK {
   int64_t count_ = 0;
   float threshold_ = std::numeric_limits<float>::quiet_NaN();
   State state_ = State::kAcceptAll;
+};
+
+// The k best of several rows, each found by several threads in columns of their own.
+class RowTopKs {
+ public:
+  RowTopKs(int64_t threads, int64_t rows, int64_t k)
+      : threads_(threads), rows_(rows), buffer_(new Candidate[threads * rows * TopK::capacity(k)]) {
+    parts_.reserve(static_cast<size_t>(threads * rows));
+    for (int64_t i = 0; i < threads * rows; ++i) parts_.emplace_back(buffer_.get() + i * TopK::capacity(k), k);
+  }
+
+  TopK& part(int64_t thread, int64_t row) { return parts_[static_cast<size_t>(thread * rows_ + row)]; }
+
+  // The k best of all threads, sorted.
+  const TopK& merge(int64_t row) {
+    TopK& merged = part(0, row);
+    for (int64_t thread = 1; thread < threads_; ++thread) {
+      TopK& other = part(thread, row);
+      other.prune();
+      for (int64_t i = 0; i < other.count(); ++i) merged.add(other.candidates()[i]);
+    }
+    merged.sort();
+    return merged;
+  }
+
+ private:
+  int64_t threads_;
+  int64_t rows_;
+  std::unique_ptr<Candidate[]> buffer_;
+  std::vector<TopK> parts_;
 };
 
 }  // namespace

@@ -2,12 +2,16 @@
 
 #include "ggro/candidate_scores.h"
 #include "ggro/entropy_topk.h"
+#include "ggro/lm_head_entropy_topk.h"
+#include "ggro/project_topk.h"
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
 // set and the public entry points are all generated from this list.
-#define GGRO_OPS(X)                        \
-  X(candidate_scores, CandidateScoresArgs) \
-  X(entropy_topk, EntropyTopKArgs)
+#define GGRO_OPS(X)                              \
+  X(candidate_scores, CandidateScoresArgs)       \
+  X(entropy_topk, EntropyTopKArgs)               \
+  X(lm_head_entropy_topk, LmHeadEntropyTopKArgs) \
+  X(project_topk, ProjectTopKArgs)
 
 namespace ggro {
 

@@ -1,0 +1,207 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "gemm.h"
+#include "simd.h"
+
+// Products of a few rows with a long table, one slab of table rows at a time: the [rows, vocab] matrix never exists.
+// In an unnamed namespace for the reason given in simd.h.
+namespace ggro::cpu {
+namespace {
+
+// Table rows of a slab. Long enough that packing the other matrix again for every slab costs little.
+constexpr int64_t kSlab = 512;
+
+// Units of depth that are summed in one chain from zero, which is then added to the chains before it.
+constexpr int64_t kDepthChunk = 256;
+
+// Up to so many rows the table is transposed in registers and never packed: its reading is all that counts.
+constexpr int64_t kDirectRows = 24;
+
+// What a depth step consumes of rows of A and of B.
+template <typename A, typename B>
+struct ProductUnit {
+  using Type = float;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct ProductUnit<BFloat16, BFloat16> {
+  using Type = BFloat16Pair;
+};
+#endif
+
+// One thread's products of a [rows, width] with slabs of table [vocab, width].
+// The bits of a product depend on the two rows and the instruction set only: the order of summation is that of the
+// depth, in chains of kDepthChunk, on every path.
+template <typename A, typename B>
+class SlabProduct {
+  using Unit = typename ProductUnit<A, B>::Type;
+
+ public:
+  SlabProduct(const A* a, int64_t a_stride, int64_t rows, const B* table, int64_t table_stride, int64_t width)
+      : a_(a), a_stride_(a_stride), rows_(rows), table_(table), table_stride_(table_stride), width_(width) {
+    if (rows_ <= kDirectRows) return;
+    tiles_ = (rows_ + kTileRows - 1) / kTileRows;
+    packed_a_.reset(new Unit[tiles_ * kPackedRows]);
+    packed_table_.reset(new Unit[kDepthChunk * kTileColumns]);
+  }
+
+  // out[r * kSlab + j] = <a[r], table[first + j]> for j < columns <= kSlab. Whatever lies beyond `columns` is lost.
+  void multiply(int64_t first, int64_t columns, float* out) {
+    const B* slab = table_ + first * table_stride_;
+    if (width_ == 0) std::fill(out, out + rows_ * kSlab, 0.0f);
+    if (rows_ <= kDirectRows) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        multiply_columns(slab + j * table_stride_, std::min<int64_t>(kLanes, columns - j), out + j);
+      }
+      return;
+    }
+    for (int64_t depth = 0; depth < width_; depth += kChunkElements) {
+      const int64_t chunk = std::min(kChunkElements, width_ - depth);
+      for (int64_t t = 0; t < tiles_; ++t) {
+        const A* rows = a_ + tile_first(t) * a_stride_ + depth;
+        pack_transposed<kPackGroups>(rows, a_stride_, tile_rows(t), chunk, packed_a_.get() + t * kPackedRows, kTileRows,
+                                     rows + tile_rows(t) * a_stride_);
+      }
+      for (int64_t j = 0; j < columns; j += kTileColumns) {
+        const B* panel = slab + j * table_stride_ + depth;
+        const bool last = j + kTileColumns >= columns;
+        const bool last_of_slab = last && depth + chunk == width_;
+        const B* next = last_of_slab ? slab + columns * table_stride_
+                        : last       ? slab + depth + chunk
+                                     : panel + kTileColumns * table_stride_;
+        pack_transposed<kTileVectors>(panel, table_stride_, std::min<int64_t>(kTileColumns, columns - j), chunk,
+                                      packed_table_.get(), kTileColumns, next);
+        for (int64_t t = 0; t < tiles_; ++t) {
+          multiply_packed_tile(packed_a_.get() + t * kPackedRows, static_cast<int>(tile_rows(t)), packed_table_.get(),
+                               units(chunk), out + tile_first(t) * kSlab + j, kSlab, depth > 0);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kUnitElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
+  static constexpr int64_t kChunkElements = kDepthChunk * kUnitElements;
+  static constexpr int kPackGroups = (kTileRows + kLanes - 1) / kLanes;
+  // pack_transposed writes whole vectors, beyond the last unit too.
+  static constexpr int64_t kPackedRows = kDepthChunk * kTileRows + kPackGroups * kLanes;
+
+  static int64_t units(int64_t elements) { return (elements + kUnitElements - 1) / kUnitElements; }
+  int64_t tile_first(int64_t tile) const { return rows_ * tile / tiles_; }
+  int64_t tile_rows(int64_t tile) const { return tile_first(tile + 1) - tile_first(tile); }
+
+  // kLanes table rows x with all rows of a, transposing in registers.
+  void multiply_columns(const B* x, int64_t columns, float* out) const {
+    const B* table_rows[kLanes];
+    for (int j = 0; j < kLanes; ++j) table_rows[j] = x + std::min<int64_t>(j, columns - 1) * table_stride_;
+    alignas(64) float sums[kDirectRows * kLanes];
+    for (int64_t depth = 0; depth < width_; depth += kChunkElements) {
+      const int64_t chunk = std::min(kChunkElements, width_ - depth);
+      std::fill(sums, sums + rows_ * kLanes, 0.0f);
+      int64_t i = 0;
+      for (; (i + kLanes) * kUnitElements <= chunk; i += kLanes) {
+        // At the end of these rows, the beginning of those that come next.
+        const int64_t ahead = depth + i * kUnitElements + kFetchAhead;
+        const int64_t fetched = ahead < width_ ? ahead : kLanes * table_stride_ + ahead - width_;
+        Vec tile[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) {
+          tile[j] = load_row_units(table_rows[j] + depth, i, Unit());
+          __builtin_prefetch(table_rows[j] + fetched, 0, 2);
+        }
+        transpose(tile);
+        for (int64_t r = 0; r < rows_; r += kGroupRows) {
+          multiply_group(tile, r, depth, i, std::min<int64_t>(kGroupRows, rows_ - r), sums + r * kLanes);
+        }
+      }
+      for (; i < units(chunk); ++i) {
+        Unit column[kLanes];
+        for (int j = 0; j < kLanes; ++j) column[j] = load_unit(table_rows[j] + depth, i, chunk, Unit());
+        for (int64_t r = 0; r < rows_; ++r) {
+          const Unit element = load_unit(a_ + r * a_stride_ + depth, i, chunk, Unit());
+          store(sums + r * kLanes, multiply_add(element, load_units(column), load(sums + r * kLanes)));
+        }
+      }
+      for (int64_t r = 0; r < rows_; ++r) {
+        float* o = out + r * kSlab;
+        const Vec sum = load(sums + r * kLanes);
+        store(o, depth > 0 ? add(load(o), sum) : sum);
+      }
+    }
+  }
+
+  void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, int64_t rows,
+                      float* sums) const {
+    switch (rows) {
+      case 1:
+        return multiply_group<1>(tile, row, depth, unit, sums);
+      case 2:
+        return multiply_group<2>(tile, row, depth, unit, sums);
+      case 3:
+        return multiply_group<3>(tile, row, depth, unit, sums);
+      case 4:
+        return multiply_group<4>(tile, row, depth, unit, sums);
+      case 5:
+        return multiply_group<5>(tile, row, depth, unit, sums);
+      case 6:
+        return multiply_group<6>(tile, row, depth, unit, sums);
+      case 7:
+        return multiply_group<7>(tile, row, depth, unit, sums);
+      case 8:
+        return multiply_group<8>(tile, row, depth, unit, sums);
+    }
+  }
+
+  // kLanes depth steps of kRows rows of a, from `row` on, with the transposed tile.
+  template <int kRows>
+  void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, float* sums) const {
+    Vec vectors[kRows];
+    const Unit* elements[kRows];
+    // fp32 rows and pairs of bf16 are read where they lie.
+    constexpr bool kInPlace = sizeof(A) * kUnitElements == sizeof(Unit);
+    Unit widened[kInPlace ? 1 : kRows][kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      vectors[r] = load(sums + r * kLanes);
+      const A* a = a_ + (row + r) * a_stride_ + depth;
+      if constexpr (kInPlace) {
+        elements[r] = reinterpret_cast<const Unit*>(a) + unit;
+      } else {
+        store(reinterpret_cast<float*>(widened[r]), load_row_units(a, unit, Unit()));
+        elements[r] = widened[r];
+      }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) vectors[r] = multiply_add(elements[r][j], tile[j], vectors[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(sums + r * kLanes, vectors[r]);
+  }
+
+  // Rows of a whose sums stay in registers beside the tile.
+  static constexpr int64_t kGroupRows = 8;
+
+  // Elements of a table row fetched into the cache ahead of those that are read.
+  static constexpr int64_t kFetchAhead = 512 / static_cast<int64_t>(sizeof(B));
+
+  const A* a_;
+  int64_t a_stride_;
+  int64_t rows_;
+  const B* table_;
+  int64_t table_stride_;
+  int64_t width_;
+  int64_t tiles_ = 0;
+  std::unique_ptr<Unit[]> packed_a_;
+  std::unique_ptr<Unit[]> packed_table_;
+};
+
+}  // namespace
+}  // namespace ggro::cpu
