@@ -152,10 +152,8 @@ inline BFloat16Pair load_unit(const T* row, int64_t unit, int64_t width, BFloat1
 // packed[i * packed_stride + j] = unit i of row j, for j < rows and first units of `width` elements.
 // kGroups vectors are written for every unit, in the order of units: what exceeds packed_stride is overwritten by the
 // next unit, and the last one needs room for it. Lanes beyond `rows` repeat the last row.
-// next: what will be packed after this with the same stride and is fetched into the second-level cache meanwhile.
 template <int kGroups, typename Unit, typename T>
-void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride,
-                     const T* next) {
+void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride) {
   constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
   const int64_t units = (width + kElements - 1) / kElements;
   for (int g = 0; g < kGroups; ++g) {
@@ -165,10 +163,7 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Un
     for (; (i + kLanes) * kElements <= width; i += kLanes) {
       Vec tile[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) {
-        tile[j] = load_row_units(group[j], i, Unit());
-        __builtin_prefetch(next + (g * kLanes + j) * stride + i * kElements, 0, 2);
-      }
+      for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(group[j], i, Unit());
       transpose(tile);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
@@ -186,7 +181,7 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Un
 // packed[i * kTileColumns + j] = element i of row j, widened to fp32, for multiply_tile.
 template <typename T>
 void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* packed) {
-  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns, x + kTileColumns * stride);
+  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kSlab = 512;
 
 // Units of depth that are summed in one chain from zero, which is then added to the chains before it.
-constexpr int64_t kDepthChunk = 256;
+constexpr int64_t kDepthChunk = 512;
 
 // Up to so many rows the table is transposed in registers and never packed: its reading is all that counts.
 constexpr int64_t kDirectRows = 24;
@@ -64,19 +64,13 @@ class SlabProduct {
     for (int64_t depth = 0; depth < width_; depth += kChunkElements) {
       const int64_t chunk = std::min(kChunkElements, width_ - depth);
       for (int64_t t = 0; t < tiles_; ++t) {
-        const A* rows = a_ + tile_first(t) * a_stride_ + depth;
-        pack_transposed<kPackGroups>(rows, a_stride_, tile_rows(t), chunk, packed_a_.get() + t * kPackedRows, kTileRows,
-                                     rows + tile_rows(t) * a_stride_);
+        pack_transposed<kPackGroups>(a_ + tile_first(t) * a_stride_ + depth, a_stride_, tile_rows(t), chunk,
+                                     packed_a_.get() + t * kPackedRows, kTileRows);
       }
       for (int64_t j = 0; j < columns; j += kTileColumns) {
-        const B* panel = slab + j * table_stride_ + depth;
-        const bool last = j + kTileColumns >= columns;
-        const bool last_of_slab = last && depth + chunk == width_;
-        const B* next = last_of_slab ? slab + columns * table_stride_
-                        : last       ? slab + depth + chunk
-                                     : panel + kTileColumns * table_stride_;
-        pack_transposed<kTileVectors>(panel, table_stride_, std::min<int64_t>(kTileColumns, columns - j), chunk,
-                                      packed_table_.get(), kTileColumns, next);
+        pack_transposed<kTileVectors>(slab + j * table_stride_ + depth, table_stride_,
+                                      std::min<int64_t>(kTileColumns, columns - j), chunk, packed_table_.get(),
+                                      kTileColumns);
         for (int64_t t = 0; t < tiles_; ++t) {
           multiply_packed_tile(packed_a_.get() + t * kPackedRows, static_cast<int>(tile_rows(t)), packed_table_.get(),
                                units(chunk), out + tile_first(t) * kSlab + j, kSlab, depth > 0);
