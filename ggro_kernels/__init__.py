@@ -2,6 +2,15 @@
 
 from ggro_kernels.candidate_scores.api import candidate_scores
 from ggro_kernels.entropy_topk.api import EntropyTopK, entropy_topk
+from ggro_kernels.lm_head_entropy_topk.api import lm_head_entropy_topk
+from ggro_kernels.project_topk.api import ProjectTopK, project_topk
 
 __version__ = "0.1.0"
-__all__ = ["EntropyTopK", "candidate_scores", "entropy_topk"]
+__all__ = [
+    "EntropyTopK",
+    "ProjectTopK",
+    "candidate_scores",
+    "entropy_topk",
+    "lm_head_entropy_topk",
+    "project_topk",
+]

@@ -25,6 +25,13 @@ def check_int64(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be int64, got {tensor.dtype}")
 
 
+def check_per_token(name: str, tensor: torch.Tensor, vocab: int, like: torch.Tensor) -> None:
+    """Raise unless `tensor` is a tensor of shape [V], V = `vocab`, on the device of `like`."""
+    check_tensor(name, tensor, "[V]", like=like)
+    if tensor.shape[0] != vocab:
+        raise ValueError(f"{name} must have one entry per token, V={vocab}, got shape {list(tensor.shape)}")
+
+
 def check_k(k: object, vocab: int, largest: int = 256) -> None:
     """Raise unless `k` is an int in 1 .. min(largest, vocab)."""
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):

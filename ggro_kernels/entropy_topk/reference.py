@@ -2,6 +2,8 @@
 
 import torch
 
+from ggro_kernels.selection import top_k_indices
+
 
 def entropy_topk(
     logits: torch.Tensor, k: int, temperature: float
@@ -21,6 +23,5 @@ def entropy_topk(
     logsumexp = torch.where(m.isinf(), m, m + s.log())
     entropy = torch.where(m.isinf(), torch.nan, s.log() - t / s)
 
-    # A stable descending sort keeps equal values in index order; it puts NaN first. Adding zero turns -0.0 into +0.0.
-    indices = (logits + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+    indices = top_k_indices(logits, k)
     return entropy, logsumexp, logits.gather(1, indices), indices

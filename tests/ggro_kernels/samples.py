@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk
+from ggro_kernels import candidate_scores, entropy_topk, lm_head_entropy_topk, project_topk
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,46 @@ def _samples() -> dict[str, OpSample]:
         "entropy_topk column stride": OpSample(entropy_topk, {"logits": _normal(100, 3).t(), "k": 2}),
         "entropy_topk no rows": OpSample(entropy_topk, {"logits": _normal(0, 100), "k": 5}),
         "entropy_topk fp64": OpSample(entropy_topk, {"logits": _normal(2, 10, dtype=fp64), "k": 5}),
+        "lm_head_entropy_topk fp32": OpSample(
+            lm_head_entropy_topk, {"hidden": _normal(3, 65), "weight": _normal(2500, 65), "k": 25}
+        ),
+        "lm_head_entropy_topk mixed dtypes, every option": OpSample(
+            lm_head_entropy_topk,
+            {
+                "hidden": _normal(14, 300),
+                "weight": _normal(257, 300, dtype=bf16),
+                "k": 5,
+                "bias": _normal(257, dtype=bf16),
+                "softcap": 30.0,
+                "temperature": 0.7,
+            },
+        ),
+        "lm_head_entropy_topk no rows": OpSample(
+            lm_head_entropy_topk, {"hidden": _normal(0, 33), "weight": _normal(50, 33), "k": 5}
+        ),
+        "lm_head_entropy_topk fp64": OpSample(
+            lm_head_entropy_topk, {"hidden": _normal(2, 33, dtype=fp64), "weight": _normal(50, 33), "k": 5}
+        ),
+        "project_topk fp32": OpSample(project_topk, {"gradient": _normal(20, 65), "table": _normal(2500, 65), "k": 25}),
+        "project_topk mixed dtypes, every option": OpSample(
+            project_topk,
+            {
+                "gradient": _normal(14, 300),
+                "table": _normal(257, 300, dtype=bf16),
+                "k": 5,
+                "bias": _normal(257, dtype=bf16),
+                "forbidden": _normal(257) > 0,
+            },
+        ),
+        "project_topk column stride": OpSample(
+            project_topk, {"gradient": _normal(33, 4).t(), "table": _normal(33, 50).t(), "k": 5}
+        ),
+        "project_topk no positions": OpSample(
+            project_topk, {"gradient": _normal(0, 33), "table": _normal(50, 33), "k": 5}
+        ),
+        "project_topk fp64": OpSample(
+            project_topk, {"gradient": _normal(2, 33), "table": _normal(50, 33, dtype=fp64), "k": 5}
+        ),
     }
 
 

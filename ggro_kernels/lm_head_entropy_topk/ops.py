@@ -1,0 +1,51 @@
+"""Registration of `lm_head_entropy_topk` with torch's dispatcher."""
+
+import torch
+
+from ggro_kernels.dispatch import resolve
+from ggro_kernels.library import register
+from ggro_kernels.lm_head_entropy_topk import native, reference
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _run(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    impl: str,
+) -> Outputs:
+    if resolve(impl, hidden.device, hidden.dtype, weight.dtype) == "native":
+        return native.lm_head_entropy_topk(hidden, weight, k, bias, softcap, temperature)
+    with torch.no_grad():
+        return reference.lm_head_entropy_topk(hidden, weight, k, bias, softcap, temperature)
+
+
+def _fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    impl: str,
+) -> Outputs:
+    rows = hidden.shape[0]
+    dtype = reference.logit_dtype(hidden, weight)
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty((rows, k), dtype=dtype),
+        hidden.new_empty((rows, k), dtype=torch.int64),
+    )
+
+
+lm_head_entropy_topk_op = register(
+    "lm_head_entropy_topk(Tensor hidden, Tensor weight, SymInt k, Tensor? bias, float? softcap, float temperature,"
+    " str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
