@@ -1,0 +1,87 @@
+"""Matrices to multiply and select from: what the tests of project_topk and lm_head_entropy_topk share."""
+
+from itertools import product
+
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+dtype_pairs = pytest.mark.parametrize(
+    ("left_dtype", "right_dtype"),
+    [
+        pytest.param(left, right, id=f"{str(left).removeprefix('torch.')}-{str(right).removeprefix('torch.')}")
+        for left, right in product(DTYPES, DTYPES)
+    ],
+)
+
+SMALL_SHAPES = (
+    (0, 33, 7, 5),
+    (1, 1, 1, 1),
+    (2, 31, 7, 5),
+    (3, 33, 255, 25),
+    (5, 257, 257, 64),
+    (12, 257, 513, 256),
+    (13, 1000, 64, 25),
+    (20, 31, 1031, 31),
+    (1, 300, 4100, 25),
+)
+"""(rows, vocabulary, width, k) for every pair of dtypes."""
+
+LARGE_SHAPES = ((20, 5003, 257, 64), (33, 257, 1031, 1), (70, 5003, 31, 25), (256, 513, 33, 256), (3, 5003, 513, 256))
+"""The same for a few pairs."""
+
+
+def matrices(
+    rows: int, vocab: int, width: int, left_dtype: torch.dtype, right_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal [rows, width] and [vocab, width]."""
+    generator = torch.Generator().manual_seed(rows + 7 * vocab + 11 * width)
+    left = torch.randn(rows, width, generator=generator).to(left_dtype)
+    return left, torch.randn(vocab, width, generator=generator).to(right_dtype)
+
+
+def integers(largest: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """-largest .. largest: sums of their products are exact in fp32, and often equal."""
+    generator = torch.Generator().manual_seed(largest + sum(shape))
+    return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
+
+
+def linear(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right.T + bias in `dtype`."""
+    product_ = left.to(dtype) @ right.to(dtype).t()
+    return product_ if bias is None else product_ + bias.to(dtype)
+
+
+def error_scale(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """Twice the largest sum of absolute values of the finite terms of any entry of `linear`.
+
+    Rounding in a chain of additions of random terms has a standard deviation of 0.15 eps times that sum, whatever its
+    length, and one in a million entries is five deviations off.
+    """
+    finite = [None if x is None else x.double().abs().nan_to_num(nan=0.0, posinf=0.0) for x in (left, right, bias)]
+    scales = linear(finite[0], finite[1], finite[2], torch.float64)
+    return 2 * scales.max().item() if scales.numel() else 1.0
+
+
+def amid_nan(x: torch.Tensor) -> torch.Tensor:
+    """A view equal to `x`, unaligned, with NaN before and after it and in the gaps between its rows."""
+    rows, columns = x.shape
+    surroundings = torch.full((rows + 2, columns + 40), torch.nan, dtype=x.dtype)
+    view = surroundings[1 : rows + 1, 3 : columns + 3]
+    view.copy_(x)
+    return view
+
+
+def strided_views(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views of one shape [rows / 2, columns / 2] of x [rows, columns], even both, by strides that kernels meet."""
+    rows, columns = x.shape[0] // 2, x.shape[1] // 2
+    return {
+        "unaligned row stride": x[1 : rows + 1, 3 : columns + 3],
+        "every other row": x[::2, 1 : columns + 1],
+        "column stride": x[:rows, ::2],
+        "transposed": x[:rows, :columns].t().contiguous().t(),
+        "expanded row": x[1:2, :columns].expand(rows, -1),
+        "expanded column": x[:rows, 1:2].expand(-1, columns),
+        "reversed order": x.t()[:columns, :rows].flip(0).t(),
+    }
