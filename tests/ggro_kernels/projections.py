@@ -25,6 +25,8 @@ SMALL_SHAPES = (
     (13, 1000, 64, 25),
     (20, 31, 1031, 31),
     (1, 300, 4100, 25),
+    (25, 33, 1031, 5),
+    (70, 97, 67, 25),
 )
 """(rows, vocabulary, width, k) for every pair of dtypes."""
 
@@ -62,6 +64,11 @@ def error_scale(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | No
     finite = [None if x is None else x.double().abs().nan_to_num(nan=0.0, posinf=0.0) for x in (left, right, bias)]
     scales = linear(finite[0], finite[1], finite[2], torch.float64)
     return 2 * scales.max().item() if scales.numel() else 1.0
+
+
+def canonical(x: torch.Tensor) -> torch.Tensor:
+    """`x` with one kind of zero and one kind of NaN: computed values may have either sign of zero, any bits of NaN."""
+    return torch.where(x.isnan(), torch.nan, x + 0.0)
 
 
 def amid_nan(x: torch.Tensor) -> torch.Tensor:
