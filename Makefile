@@ -1,19 +1,31 @@
 # Everything runs inside .venv, which the first target called creates. `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp $(wildcard csrc/cpu/*.cpp))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-asan check-aarch64 lint format bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
 	$(BIN)/ggro demo
 
 test: .venv/installed  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-asan: .venv/installed  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	.ci/test-asan
+
+check-aarch64: $(AARCH64_OBJECTS)  ## the CPU kernels compile for aarch64, without a warning
+
+build/aarch64/%.o: csrc/%.cpp $(filter %.h,$(NATIVE_SOURCES))
+	@command -v $(AARCH64_CXX) >/dev/null || { echo "$(AARCH64_CXX) is missing: apt-get install g++-aarch64-linux-gnu, or set AARCH64_CXX" >&2; exit 1; }
+	@mkdir -p $(@D)
+	$(AARCH64_CXX) -std=c++17 -O3 -fopenmp -Wall -Wextra -Werror -DGGRO_ISA=baseline -Icsrc -Icsrc/include -Icsrc/cpu -c $< -o $@
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -38,5 +50,5 @@ clean:  ## remove everything that is built
 # Constraints bind the build environment too, so that a fresh machine builds what CI built.
 .venv/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES)
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --editable '.[test,lint,bench]'
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --editable '.[test,lint,bench,native]'
 	touch $@

@@ -49,6 +49,11 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("openmp") = false;
 #endif
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.def("available_isas", &ggro::available_isas);
   m.def("selected_isa", &ggro::selected_isa);
   {

@@ -116,7 +116,10 @@ inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline uint32_t not_less_equal(Vec x, Vec y) {
-  const IntVec rejected = x <= y;
+  const IntVec comparison = x <= y;
+  // Subscripts of a vector come out wrong in GCC 12's undefined behaviour sanitizer.
+  int32_t rejected[kLanes];
+  std::memcpy(rejected, &comparison, sizeof(rejected));
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= (rejected[i] == 0 ? 1u : 0u) << i;
   return mask;

@@ -1,16 +1,20 @@
 """What was built, what is chosen, and that a request never falls back silently."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ggro_kernels import candidate_scores, dispatch, entropy_topk
 from ggro_kernels.info import capabilities
-from tests.ggro_kernels.test_registration import run_in_fresh_process
+from tests.ggro_kernels.test_registration import run_in_fresh_process, run_python
 
+ROOT = Path(__file__).resolve().parents[2]
 LOGITS = torch.randn(2, 30)
 NEEDS_NATIVE = pytest.mark.skipif(dispatch.native_error is not None, reason=f"native: {dispatch.native_error}")
 
@@ -114,3 +118,29 @@ def test_every_instruction_set_selects_the_same(monkeypatch: pytest.MonkeyPatch)
     for result in results[1:]:
         assert torch.equal(result.indices, results[0].indices)
         torch.testing.assert_close(result.entropy, results[0].entropy, rtol=1e-6, atol=0)
+
+
+@NEEDS_NATIVE
+def test_the_sanitized_extension_is_used_where_it_is_meant_to_be() -> None:
+    assert dispatch.native().sanitized == ("libasan" in os.environ.get("LD_PRELOAD", ""))
+
+
+@pytest.mark.skipif(not getattr(dispatch._native, "sanitized", False), reason="for the build of `make test-asan`")
+def test_the_sanitizer_sees_a_read_beyond_the_end(native_impl: str) -> None:
+    process = run_python(
+        f"""
+        import torch, ggro_kernels
+        logits = torch.randn(1, 4099)
+        logits.untyped_storage().resize_(4 * 4098)
+        ggro_kernels.entropy_topk(logits, 5, impl="{native_impl}")
+        """,
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+    assert process.returncode != 0 and "heap-buffer-overflow" in process.stderr, process.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="these tests are a copy without the sources")
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64-linux-gnu-g++")
+def test_kernels_compile_for_aarch64() -> None:
+    result = subprocess.run(["make", "--directory", ROOT, "check-aarch64"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -19,15 +19,18 @@ from tests.ggro_kernels.samples import SAMPLES, OpSample
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in SAMPLES.items()])
 
 
-def run_in_fresh_process(code: str, **environment: str) -> str:
-    result = subprocess.run(
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
+
+
+def run_in_fresh_process(code: str) -> None:
+    result = run_python(code)
     assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 class OpCalls(TorchDispatchMode):
