@@ -6,7 +6,7 @@ AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp $(w
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asan check-aarch64 lint format bench clean
+.PHONY: help demo test test-asan check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,8 +39,11 @@ format: .venv/installed  ## rewrite the sources in the house style
 	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE_SOURCES))
 
 bench: .venv/installed  ## kernels and decoding against their baselines
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python -m benchmarks --memory
 	$(BIN)/python benchmarks/decoding.py
+
+readme-table: .venv/installed  ## README's table of the kernels from the committed results
+	$(BIN)/python -m benchmarks.readme
 
 clean:  ## remove everything that is built
 	rm -rf .venv build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,99 @@
+"""Branches that share a prefix, against one sdpa call with a dense mask over the packed tree."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.registry import Case, Inputs, Provider, ours
+
+
+def packed(
+    query: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    branch_key: torch.Tensor,
+    branch_value: torch.Tensor,
+    branch_starts: torch.Tensor,
+) -> Inputs:
+    """Prefix and branches in one cache, and the mask, which a model makes once for all layers."""
+    tokens = torch.arange(query.shape[2])
+    own = (tokens >= branch_starts[:, :, None]) & (tokens <= tokens[:, None])
+    prefix = torch.ones(*own.shape[:2], prefix_key.shape[2], dtype=torch.bool)
+    return {
+        "query": query,
+        "key": torch.cat([prefix_key, branch_key], dim=2),
+        "value": torch.cat([prefix_value, branch_value], dim=2),
+        "mask": torch.cat([prefix, own], dim=2)[:, None],
+    }
+
+
+def sdpa_repeat_kv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What transformers does with an explicit mask: every key head is copied for its group of query heads."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def sdpa_gqa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def case(
+    branches: int,
+    length: int,
+    prefix: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int] = (32, 8, 128),
+    **flags: bool,
+) -> Case:
+    query_heads, key_heads, width = heads
+    tokens = branches * length
+
+    def inputs() -> Inputs:
+        def random(heads: int, count: int) -> torch.Tensor:
+            return torch.randn(1, heads, count, width).to(dtype)
+
+        return {
+            "query": random(query_heads, tokens),
+            "prefix_key": random(key_heads, prefix),
+            "prefix_value": random(key_heads, prefix),
+            "branch_key": random(key_heads, tokens),
+            "branch_value": random(key_heads, tokens),
+            "branch_starts": (torch.arange(tokens) // length * length)[None],
+        }
+
+    attended = tokens * prefix + branches * length * (length + 1) // 2
+    return Case(
+        op="prefix_attention",
+        label=f"{branches} x {length} after {prefix}, {query_heads}/{key_heads} x {width}",
+        shape={
+            "branches": branches,
+            "length": length,
+            "prefix": prefix,
+            "query_heads": query_heads,
+            "key_heads": key_heads,
+            "width": width,
+        },
+        dtype=dtype,
+        bytes=2 * width * (query_heads * tokens + key_heads * (prefix + tokens)) * dtype.itemsize,
+        flops=4 * query_heads * width * attended,
+        inputs=inputs,
+        providers=(
+            ours("prefix_attention"),
+            Provider("sdpa, repeat_kv", sdpa_repeat_kv, prepare=packed),
+            Provider("sdpa, enable_gqa", sdpa_gqa, prepare=packed),
+        ),
+        **flags,
+    )
+
+
+SMALL = case(3, 4, 10, torch.float32, (4, 2, 16))
+
+CASES = [
+    case(30, 1, 256, torch.float32, quick=True),
+    case(30, 1, 2048, torch.float32, shown=True, memory=True),
+    case(8, 32, 512, torch.float32, shown=True, memory=True),
+    case(8, 32, 2048, torch.float32, memory=True),
+    case(25, 4, 1024, torch.float32, (8, 2, 64)),
+    case(30, 1, 2048, torch.bfloat16, shown=True),
+    case(8, 32, 2048, torch.bfloat16, memory=True),
+]

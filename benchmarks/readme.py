@@ -1,0 +1,79 @@
+"""README's table of the kernels, from the committed results: `python -m benchmarks.readme`."""
+
+import sys
+from pathlib import Path
+
+from benchmarks.session import ROOT
+from ggro_hf.report.benchmarks import (
+    OURS,
+    BenchmarkReport,
+    BenchmarkRow,
+    by_contest,
+    microseconds,
+    share_of_ceiling,
+    times,
+)
+
+BEGIN, END = "<!-- kernels: written by `make readme-table` -->", "<!-- kernels: end -->"
+
+
+def with_table(readme: str, reports: list[BenchmarkReport]) -> str:
+    """The text with what is between the markers written anew.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r}, in this order; put them back")
+    return before + begin + "\n" + "\n".join(map(markdown, reports)) + end + after
+
+
+def markdown(report: BenchmarkReport) -> str:
+    """One machine's table: the cases that the registry marks as shown, the numbers of threads side by side."""
+    threads = [ceiling.threads for ceiling in report.ceilings]
+    machine, versions = report.machine, report.versions
+    read = " and ".join(f"{ceiling.read_gb_per_s:.1f}" for ceiling in report.ceilings)
+    named = [f"{count} thread{'s' * (count > 1)}" for count in threads]
+    lines = [
+        f"{machine['cpu']} ({machine['kind']}, {machine['isa']}), torch {versions['torch']}, commit {report.commit}; "
+        f"`amax` of 256 MiB reads {read} GB/s on {' and '.join(named)}.",
+        "",
+        "| op | case | dtype | " + " | ".join(f"{name} | faster than | of ceiling" for name in named) + " |",
+        "|---" * (3 + 3 * len(threads)) + "|",
+    ]
+    cases: dict[tuple[str, str, str], dict[int, dict[str, BenchmarkRow]]] = {}
+    for contest in by_contest(row for row in report.rows if row.shown):
+        row = contest[OURS]
+        cases.setdefault((row.op, row.case, row.dtype), {})[row.threads] = contest
+    last_op = ""
+    for (op, case, dtype), contests in cases.items():
+        cells = [f"`{op}`" if op != last_op else "", case, dtype]
+        for count in threads:
+            cells += _cells(contests[count], report) if count in contests else [""] * 3
+        lines.append("| " + " | ".join(cells) + " |")
+        last_op = op
+    return "\n".join(lines) + "\n"
+
+
+def _cells(contest: dict[str, BenchmarkRow], report: BenchmarkReport) -> list[str]:
+    row = contest[OURS]
+    others = [f"{name} {times(other.ratio)}" for name, other in contest.items() if other.ratio is not None]
+    return [microseconds(row.median_us), ", ".join(others), share_of_ceiling(row, report.ceiling(row.threads))]
+
+
+def committed_reports() -> list[BenchmarkReport]:
+    """The results in benchmarks/results, by machine."""
+    return [BenchmarkReport.load(path) for path in sorted(Path(ROOT, "benchmarks", "results").glob("*/kernels.json"))]
+
+
+def main() -> int:
+    """Rewrite README.md."""
+    path = ROOT / "README.md"
+    path.write_text(with_table(path.read_text(encoding="utf-8"), committed_reports()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

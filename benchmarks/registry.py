@@ -1,0 +1,129 @@
+"""What the kernel benchmarks run: one registry of op x shape x dtype, each with its providers.
+
+A module of `benchmarks/ops` adds one op by being there: it defines `CASES`, a list of `Case`, and `SMALL`, one that
+takes no time, on which all providers are checked against ours and `--memory` warms up.
+"""
+
+import importlib
+import pkgutil
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import benchmarks.ops
+import ggro_kernels
+
+OURS = "ggro"
+
+Inputs = dict[str, Any]
+
+
+def always() -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op: `function(**prepare(**inputs))`, of which only the function is timed."""
+
+    name: str
+    function: Callable[..., Any]
+    prepare: Callable[..., Inputs] = dict
+    """What a caller has at hand before the op (a mask, a parameter): made from the inputs, outside the clock."""
+    compiled: bool = False
+    same_result: bool = True
+    """False where it does only a part of the work, for comparison."""
+    available: Callable[[], bool] = always
+    """False where this machine lacks what it needs: a library, a compiler, a GPU."""
+
+    def bind(self, inputs: Inputs) -> Callable[[], Any]:
+        """The call to be timed."""
+        # Specialised to the shapes, as a decoder of fixed shapes would have it.
+        function = torch.compile(self.function, dynamic=False) if self.compiled else self.function
+        return partial(function, **self.prepare(**inputs))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape and dtype."""
+
+    op: str
+    label: str
+    """The shape as a table shows it."""
+    shape: Mapping[str, int]
+    dtype: torch.dtype
+    bytes: int
+    """Least memory traffic of the op: what it must read and write once."""
+    flops: int
+    inputs: Callable[[], Inputs]
+    providers: tuple[Provider, ...]
+    quick: bool = False
+    """Part of `--quick`."""
+    shown: bool = False
+    """Part of README's table."""
+    memory: bool = False
+    """Part of `--memory`."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the registry."""
+        return f"{self.op}[{self.label}, {dtype_name(self.dtype)}]"
+
+    def available_providers(self) -> list[Provider]:
+        """Ours first, the baselines in their order."""
+        return [provider for provider in self.providers if provider.available()]
+
+
+def ours(op: str, **options: Any) -> Provider:
+    """The kernel of this project; not available in a version that does not have the op yet."""
+    function = getattr(ggro_kernels, op, None)
+    return Provider(OURS, function, available=lambda: function is not None, **options)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Provider:
+    """A function under torch.compile."""
+    return Provider("torch.compile", function, compiled=True, available=has_compiler, **options)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build code for the CPU."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def load_cases(ops: Iterable[str] | None = None) -> list[Case]:
+    """The cases of all modules of benchmarks/ops whose op this version of ggro_kernels has; of some ops if named.
+
+    Raises:
+        ValueError: no module has cases of an op named.
+    """
+    cases = [case for module in _modules() for case in module.CASES]
+    if ops is not None:
+        known = {case.op for case in cases}
+        if unknown := set(ops) - known:
+            raise ValueError(f"unknown op {min(unknown)!r}, the registry has {', '.join(sorted(known))}")
+        cases = [case for case in cases if case.op in ops]
+    return [case for case in cases if _has_ours(case)]
+
+
+def load_small_cases() -> dict[str, Case]:
+    """The small case of every op that this version of ggro_kernels has."""
+    cases = [module.SMALL for module in _modules()]
+    return {case.op: case for case in cases if _has_ours(case)}
+
+
+def _modules() -> list[Any]:
+    found = pkgutil.iter_modules(benchmarks.ops.__path__, "benchmarks.ops.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def _has_ours(case: Case) -> bool:
+    return any(provider.name == OURS for provider in case.available_providers())

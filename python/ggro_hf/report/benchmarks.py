@@ -1,0 +1,173 @@
+"""Results of the kernel benchmarks: the file they are kept in, and a table of them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+OURS = "ggro"
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What the machine did with plain torch, in the same run, on some number of threads."""
+
+    threads: int
+    read_gb_per_s: float
+    """`amax` of 256 MiB of fp32."""
+    matmul_gflop_per_s: dict[str, float]
+    """A large matrix product, by dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkRow:
+    """One provider on one case and number of threads. Times are per call."""
+
+    op: str
+    case: str
+    """The shape as text."""
+    shape: dict[str, int]
+    dtype: str
+    threads: int
+    provider: str
+    timings: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    ratio: float | None
+    """Median over that of our kernel: above 1, ours is faster."""
+    bytes: int
+    """Least traffic of the op, whatever the provider moves."""
+    flops: int
+    gb_per_s: float
+    bandwidth_percent: float
+    """`gb_per_s` over the ceiling's; above 100 where the data fit a cache."""
+    gflop_per_s: float
+    peak_extra_bytes: int | None
+    """Growth of the process while the call runs, its result included; None where it was not measured."""
+    shown: bool
+    """Part of README's table."""
+
+    def ceiling_us(self, ceiling: Ceiling) -> tuple[float, str]:
+        """The time that the machine's ceilings allow, and which of them binds: "bandwidth" or "matmul"."""
+        reading = self.bytes / (1e3 * ceiling.read_gb_per_s)
+        # A kernel of 16-bit inputs may compute in fp32 where that is faster.
+        rates = ceiling.matmul_gflop_per_s
+        computing = self.flops / (1e3 * max(rates[name] for name in {self.dtype, "float32"} if name in rates))
+        return max((reading, "bandwidth"), (computing, "matmul"))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkReport:
+    """One run of the suite."""
+
+    machine: dict[str, Any]
+    """kind, cpu, cores, isa."""
+    versions: dict[str, str | None]
+    commit: str
+    ceilings: list[Ceiling]
+    rows: list[BenchmarkRow]
+
+    def ceiling(self, threads: int) -> Ceiling:
+        """The ceiling on a number of threads."""
+        return next(ceiling for ceiling in self.ceilings if ceiling.threads == threads)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "BenchmarkReport":
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a results file.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            ceilings = [Ceiling(**ceiling) for ceiling in data.pop("ceilings")]
+            rows = [BenchmarkRow(**row) for row in data.pop("rows")]
+            return cls(**data, ceilings=ceilings, rows=rows)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a results file of `python -m benchmarks` ({error})") from error
+
+
+def by_contest(rows: Iterable[BenchmarkRow]) -> list[dict[str, BenchmarkRow]]:
+    """The rows of every case and number of threads, by provider, in the order of the file."""
+    contests: dict[tuple[str, str, str, int], dict[str, BenchmarkRow]] = {}
+    for row in rows:
+        contests.setdefault((row.op, row.case, row.dtype, row.threads), {})[row.provider] = row
+    return list(contests.values())
+
+
+def microseconds(value: float) -> str:
+    """`51 us`, `2.46 ms`, `1.20 s`: three digits."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{_three_digits(value / size)} {unit}"
+    return f"{_three_digits(value)} us"
+
+
+def times(ratio: float) -> str:
+    """`0.97x`, `12.8x`, `656x`."""
+    return f"{_three_digits(ratio)}x"
+
+
+def share_of_ceiling(row: BenchmarkRow, ceiling: Ceiling) -> str:
+    """`52 %` of the read bandwidth, or `71 % (matmul)` where arithmetic binds."""
+    floor, binding = row.ceiling_us(ceiling)
+    return f"{100 * floor / row.median_us:.0f} %" + (" (matmul)" if binding == "matmul" else "")
+
+
+def megabytes(size: int) -> str:
+    """`0.4 MB`, `131 MB`."""
+    return f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
+
+
+def format_report(report: BenchmarkReport) -> str:
+    """A table for the terminal, one block per op."""
+    machine, versions = report.machine, report.versions
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa'] or 'no native kernels'}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"; commit {report.commit}"
+    ]
+    for ceiling in report.ceilings:
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceiling.matmul_gflop_per_s.items())
+        lines.append(f"ceilings, {ceiling.threads} thread(s): read {ceiling.read_gb_per_s:.1f} GB/s; GFLOP/s {rates}")
+    for op, contests in groupby(by_contest(report.rows), key=lambda contest: next(iter(contest.values())).op):
+        lines += ["", op, *_op_table(report, list(contests))]
+    return "\n".join(lines)
+
+
+def _op_table(report: BenchmarkReport, contests: list[dict[str, BenchmarkRow]]) -> list[str]:
+    baselines = list(dict.fromkeys(name for contest in contests for name in contest if name != OURS))
+    with_memory = any(row.peak_extra_bytes is not None for contest in contests for row in contest.values())
+    header = ["case", "dtype", "threads", OURS, "p20 - p80", *baselines, "GB/s", "GFLOP/s", "of ceiling"]
+    table = [header + ["extra memory, in this order"] * with_memory]
+    for contest in contests:
+        row = contest[OURS]
+        cells = [row.case, row.dtype, str(row.threads), microseconds(row.median_us)]
+        cells.append(f"{microseconds(row.p20_us)} - {microseconds(row.p80_us)}")
+        ratios = [contest[name].ratio if name in contest else None for name in baselines]
+        cells += ["" if ratio is None else times(ratio) for ratio in ratios]
+        cells += [f"{row.gb_per_s:.1f}", f"{row.gflop_per_s:.1f}", share_of_ceiling(row, report.ceiling(row.threads))]
+        peaks = [other.peak_extra_bytes for other in contest.values()]
+        table.append([*cells, ", ".join(megabytes(peak) for peak in peaks if peak is not None)])
+    widths = [max(len(line[column]) for line in table if column < len(line)) for column in range(len(header))]
+    return ["  ".join(_aligned(line, [*widths, 0])).rstrip() for line in table]
+
+
+def _aligned(line: list[str], widths: list[int]) -> list[str]:
+    left = 2
+    return [
+        cell.ljust(width) if column < left else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=False))
+    ]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
