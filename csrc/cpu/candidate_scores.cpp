@@ -17,6 +17,10 @@ constexpr int64_t kStep = kUnroll * kLanes;
 // Fewer multiply-adds than this per thread cost less than waking the thread.
 constexpr int64_t kMinWorkPerThread = 1 << 16;
 
+// The rows lie anywhere, so that the processor cannot foresee them: so much is fetched before it is used.
+constexpr int64_t kBytesAhead = 4096;
+constexpr size_t kCacheLine = 64;
+
 template <typename T>
 void widen(const T* x, int64_t width, float* out) {
   int64_t i = 0;
@@ -24,12 +28,16 @@ void widen(const T* x, int64_t width, float* out) {
   for (; i < width; ++i) out[i] = to_float(x[i]);
 }
 
+// next: a row that is fetched into the cache meanwhile.
 template <typename T>
-float dot(const float* a, const T* b, int64_t width) {
+float dot(const float* a, const T* b, const T* next, int64_t width) {
   Vec sums[kUnroll];
   for (int u = 0; u < kUnroll; ++u) sums[u] = broadcast(0.0f);
   int64_t i = 0;
   for (; i + kStep <= width; i += kStep) {
+    for (size_t byte = 0; byte < kStep * sizeof(T); byte += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
+    }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       sums[u] = fma(load(a + i + u * kLanes), load(b + i + u * kLanes), sums[u]);
@@ -49,6 +57,7 @@ void run(const CandidateScoresArgs& args) {
       1, std::min({static_cast<int64_t>(args.num_threads), pairs, pairs * args.width / kMinWorkPerThread})));
   const G* gradient = static_cast<const G*>(args.gradient);
   const T* table = static_cast<const T*>(args.table);
+  const int64_t rows_ahead = 1 + kBytesAhead / (args.width * static_cast<int64_t>(sizeof(T)) + 1);
   const std::unique_ptr<float[]> widened(new float[static_cast<size_t>(threads * args.width)]);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
@@ -56,12 +65,14 @@ void run(const CandidateScoresArgs& args) {
   for (int thread = 0; thread < threads; ++thread) {
     float* row = widened.get() + thread * args.width;
     int64_t position = -1;
-    for (int64_t i = pairs * thread / threads; i < pairs * (thread + 1) / threads; ++i) {
+    const int64_t last = pairs * (thread + 1) / threads - 1;
+    for (int64_t i = pairs * thread / threads; i <= last; ++i) {
       if (i / args.candidates != position) {
         position = i / args.candidates;
         widen(gradient + position * args.gradient_stride, args.width, row);
       }
-      args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, args.width);
+      const T* next = table + args.ids[std::min(i + rows_ahead, last)] * args.table_stride;
+      args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, next, args.width);
     }
   }
 }
