@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "dtypes.h"
 #include "kernels.h"
@@ -22,14 +23,24 @@ static_assert(kSlab % kStep == 0);
 template <typename H, typename W>
 class LmHeadEntropyTopK {
  public:
-  explicit LmHeadEntropyTopK(const LmHeadEntropyTopKArgs& args)
+  // Of args.rows, those from `first` on, at most kMaxRows.
+  LmHeadEntropyTopK(const LmHeadEntropyTopKArgs& args, int64_t first)
       : args_(args),
+        first_(first),
+        rows_(std::min(kMaxRows, args.rows - first)),
         slabs_((args.vocab + kSlab - 1) / kSlab),
         threads_(std::max<int64_t>(
             1, std::min({static_cast<int64_t>(args.num_threads), slabs_,
-                         args.rows * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
-        sums_(new BlockSums[args.rows * slabs_]),
-        top_(threads_, args.rows, args.k) {}
+                         rows_ * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
+        sums_(new BlockSums[rows_ * slabs_]),
+        top_(threads_, rows_, args.k) {
+    const H* hidden = static_cast<const H*>(args.hidden) + first * args.hidden_stride;
+    products_.reserve(static_cast<size_t>(threads_));
+    for (int64_t thread = 0; thread < threads_; ++thread) {
+      products_.emplace_back(hidden, args.hidden_stride, rows_, static_cast<const W*>(args.weight), args.weight_stride,
+                             args.width);
+    }
+  }
 
   void run() {
 #ifdef _OPENMP
@@ -39,20 +50,17 @@ class LmHeadEntropyTopK {
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1)
 #endif
-    for (int64_t row = 0; row < args_.rows; ++row) write(row);
+    for (int64_t row = 0; row < rows_; ++row) write(row);
   }
 
  private:
   void project_slabs(int64_t thread) {
-    SlabProduct<H, W> product(static_cast<const H*>(args_.hidden), args_.hidden_stride, args_.rows,
-                              static_cast<const W*>(args_.weight), args_.weight_stride, args_.width);
-    const std::unique_ptr<float[]> logits(new float[args_.rows * kSlab]);
     for (int64_t slab = slabs_ * thread / threads_; slab < slabs_ * (thread + 1) / threads_; ++slab) {
       const int64_t first = slab * kSlab;
       const int64_t columns = std::min(kSlab, args_.vocab - first);
-      product.multiply(first, columns, logits.get());
-      for (int64_t row = 0; row < args_.rows; ++row) {
-        float* x = logits.get() + row * kSlab;
+      float* logits = products_[static_cast<size_t>(thread)].multiply(first, columns);
+      for (int64_t row = 0; row < rows_; ++row) {
+        float* x = logits + row * kSlab;
         sums_[row * slabs_ + slab] = finish(x, first, columns);
         top_.part(thread, row).offer(x, columns, first);
       }
@@ -81,18 +89,23 @@ class LmHeadEntropyTopK {
   void write(int64_t row) {
     RowSums sums(1.0 / args_.temperature);
     for (int64_t slab = 0; slab < slabs_; ++slab) sums.fold(sums_[row * slabs_ + slab]);
-    args_.entropy[row] = sums.entropy();
-    args_.logsumexp[row] = sums.logsumexp();
+    args_.entropy[first_ + row] = sums.entropy();
+    args_.logsumexp[first_ + row] = sums.logsumexp();
     const TopK& best = top_.merge(row);
+    float* values = args_.values + (first_ + row) * args_.k;
+    int64_t* indices = args_.indices + (first_ + row) * args_.k;
     for (int64_t i = 0; i < args_.k; ++i) {
-      args_.values[row * args_.k + i] = candidate_value(best.candidates()[i]);
-      args_.indices[row * args_.k + i] = candidate_index(best.candidates()[i]);
+      values[i] = candidate_value(best.candidates()[i]);
+      indices[i] = candidate_index(best.candidates()[i]);
     }
   }
 
   const LmHeadEntropyTopKArgs& args_;
+  int64_t first_;
+  int64_t rows_;
   int64_t slabs_;
   int64_t threads_;
+  std::vector<SlabProduct<H, W>> products_;
   std::unique_ptr<BlockSums[]> sums_;
   RowTopKs top_;
 };
@@ -102,8 +115,11 @@ class LmHeadEntropyTopK {
 namespace GGRO_ISA {
 
 void lm_head_entropy_topk(const LmHeadEntropyTopKArgs& args) {
-  with_dtypes(args.hidden_dtype, args.weight_dtype,
-              [&](auto hidden, auto weight) { LmHeadEntropyTopK<decltype(hidden), decltype(weight)>(args).run(); });
+  with_dtypes(args.hidden_dtype, args.weight_dtype, [&](auto hidden, auto weight) {
+    for (int64_t first = 0; first < args.rows; first += kMaxRows) {
+      LmHeadEntropyTopK<decltype(hidden), decltype(weight)>(args, first).run();
+    }
+  });
 }
 
 }  // namespace GGRO_ISA

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <limits>
-#include <memory>
+#include <vector>
 
 #include "dtypes.h"
 #include "kernels.h"
@@ -20,13 +20,23 @@ constexpr int64_t kMinWorkPerThread = 1 << 18;
 template <typename G, typename T>
 class ProjectTopK {
  public:
-  explicit ProjectTopK(const ProjectTopKArgs& args)
+  // Of args.positions, those from `first` on, at most kMaxRows.
+  ProjectTopK(const ProjectTopKArgs& args, int64_t first)
       : args_(args),
+        first_(first),
+        positions_(std::min(kMaxRows, args.positions - first)),
         slabs_((args.vocab + kSlab - 1) / kSlab),
         threads_(std::max<int64_t>(
             1, std::min({static_cast<int64_t>(args.num_threads), slabs_,
-                         args.positions * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
-        top_(threads_, args.positions, args.k) {}
+                         positions_ * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
+        top_(threads_, positions_, args.k) {
+    const G* gradient = static_cast<const G*>(args.gradient) + first * args.gradient_stride;
+    products_.reserve(static_cast<size_t>(threads_));
+    for (int64_t thread = 0; thread < threads_; ++thread) {
+      products_.emplace_back(gradient, args.gradient_stride, positions_, static_cast<const T*>(args.table),
+                             args.table_stride, args.width);
+    }
+  }
 
   void run() {
 #ifdef _OPENMP
@@ -36,26 +46,25 @@ class ProjectTopK {
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1)
 #endif
-    for (int64_t position = 0; position < args_.positions; ++position) {
+    for (int64_t position = 0; position < positions_; ++position) {
       const TopK& best = top_.merge(position);
+      float* scores = args_.scores + (first_ + position) * args_.k;
+      int64_t* indices = args_.indices + (first_ + position) * args_.k;
       for (int64_t i = 0; i < args_.k; ++i) {
-        args_.scores[position * args_.k + i] = candidate_value(best.candidates()[i]);
-        args_.indices[position * args_.k + i] = candidate_index(best.candidates()[i]);
+        scores[i] = candidate_value(best.candidates()[i]);
+        indices[i] = candidate_index(best.candidates()[i]);
       }
     }
   }
 
  private:
   void score_slabs(int64_t thread) {
-    SlabProduct<G, T> product(static_cast<const G*>(args_.gradient), args_.gradient_stride, args_.positions,
-                              static_cast<const T*>(args_.table), args_.table_stride, args_.width);
-    const std::unique_ptr<float[]> scores(new float[args_.positions * kSlab]);
     for (int64_t slab = slabs_ * thread / threads_; slab < slabs_ * (thread + 1) / threads_; ++slab) {
       const int64_t first = slab * kSlab;
       const int64_t columns = std::min(kSlab, args_.vocab - first);
-      product.multiply(first, columns, scores.get());
-      for (int64_t position = 0; position < args_.positions; ++position) {
-        float* row = scores.get() + position * kSlab;
+      float* scores = products_[static_cast<size_t>(thread)].multiply(first, columns);
+      for (int64_t position = 0; position < positions_; ++position) {
+        float* row = scores + position * kSlab;
         finish(row, first, columns);
         top_.part(thread, position).offer(row, columns, first);
       }
@@ -74,8 +83,11 @@ class ProjectTopK {
   }
 
   const ProjectTopKArgs& args_;
+  int64_t first_;
+  int64_t positions_;
   int64_t slabs_;
   int64_t threads_;
+  std::vector<SlabProduct<G, T>> products_;
   RowTopKs top_;
 };
 
@@ -84,8 +96,11 @@ class ProjectTopK {
 namespace GGRO_ISA {
 
 void project_topk(const ProjectTopKArgs& args) {
-  with_dtypes(args.gradient_dtype, args.table_dtype,
-              [&](auto gradient, auto table) { ProjectTopK<decltype(gradient), decltype(table)>(args).run(); });
+  with_dtypes(args.gradient_dtype, args.table_dtype, [&](auto gradient, auto table) {
+    for (int64_t first = 0; first < args.positions; first += kMaxRows) {
+      ProjectTopK<decltype(gradient), decltype(table)>(args, first).run();
+    }
+  });
 }
 
 }  // namespace GGRO_ISA

@@ -22,6 +22,9 @@ constexpr int64_t kDepthChunk = 512;
 // Up to so many rows the table is transposed in registers and never packed: its reading is all that counts.
 constexpr int64_t kDirectRows = 24;
 
+// Rows that are multiplied at once: more of them take turns, which bounds the memory for their scores.
+constexpr int64_t kMaxRows = 1024;
+
 // What a depth step consumes of rows of A and of B.
 template <typename A, typename B>
 struct ProductUnit {
@@ -35,7 +38,7 @@ struct ProductUnit<BFloat16, BFloat16> {
 };
 #endif
 
-// One thread's products of a [rows, width] with slabs of table [vocab, width].
+// One thread's products of a [rows, width] with slabs of table [vocab, width], rows <= kMaxRows.
 // The bits of a product depend on the two rows and the instruction set only: the order of summation is that of the
 // depth, in chains of kDepthChunk, on every path.
 template <typename A, typename B>
@@ -44,22 +47,29 @@ class SlabProduct {
 
  public:
   SlabProduct(const A* a, int64_t a_stride, int64_t rows, const B* table, int64_t table_stride, int64_t width)
-      : a_(a), a_stride_(a_stride), rows_(rows), table_(table), table_stride_(table_stride), width_(width) {
+      : a_(a),
+        a_stride_(a_stride),
+        rows_(rows),
+        table_(table),
+        table_stride_(table_stride),
+        width_(width),
+        scores_(new float[rows * kSlab]) {
     if (rows_ <= kDirectRows) return;
     tiles_ = (rows_ + kTileRows - 1) / kTileRows;
     packed_a_.reset(new Unit[tiles_ * kPackedRows]);
     packed_table_.reset(new Unit[kDepthChunk * kTileColumns]);
   }
 
-  // out[r * kSlab + j] = <a[r], table[first + j]> for j < columns <= kSlab. Whatever lies beyond `columns` is lost.
-  void multiply(int64_t first, int64_t columns, float* out) {
+  // The scores [rows, kSlab] <a[r], table[first + j]> for j < columns <= kSlab, undefined beyond; valid until the next.
+  float* multiply(int64_t first, int64_t columns) {
+    float* out = scores_.get();
     const B* slab = table_ + first * table_stride_;
     if (width_ == 0) std::fill(out, out + rows_ * kSlab, 0.0f);
     if (rows_ <= kDirectRows) {
       for (int64_t j = 0; j < columns; j += kLanes) {
         multiply_columns(slab + j * table_stride_, std::min<int64_t>(kLanes, columns - j), out + j);
       }
-      return;
+      return out;
     }
     for (int64_t depth = 0; depth < width_; depth += kChunkElements) {
       const int64_t chunk = std::min(kChunkElements, width_ - depth);
@@ -77,6 +87,7 @@ class SlabProduct {
         }
       }
     }
+    return out;
   }
 
  private:
@@ -193,6 +204,7 @@ class SlabProduct {
   int64_t table_stride_;
   int64_t width_;
   int64_t tiles_ = 0;
+  std::unique_ptr<float[]> scores_;
   std::unique_ptr<Unit[]> packed_a_;
   std::unique_ptr<Unit[]> packed_table_;
 };
