@@ -74,6 +74,12 @@ PYBIND11_MODULE(_native, m) {
            &A::width, &A::k, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
   }
   {
+    using A = ggro::MergePartialsArgs;
+    define(m, "merge_partials", ggro::merge_partials, &A::entropy, &A::logsumexp, &A::values, &A::dtype, &A::indices,
+           &A::offsets, &A::shards, &A::rows, &A::k, &A::merged_entropy, &A::merged_logsumexp, &A::merged_values,
+           &A::merged_indices, &A::num_threads);
+  }
+  {
     using A = ggro::ProjectTopKArgs;
     define(m, "project_topk", ggro::project_topk, &A::gradient, &A::gradient_dtype, &A::gradient_stride, &A::table,
            &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,

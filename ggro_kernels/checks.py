@@ -13,6 +13,12 @@ def check_tensor(name: str, tensor: object, shape: str, like: torch.Tensor | Non
         raise ValueError(f"{name} must be on {like.device} as the other tensors, got {tensor.device}")
 
 
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], other: str) -> None:
+    """Raise ValueError unless `tensor` has the shape that the argument `other` asks for."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} to go with {other}, got {list(tensor.shape)}")
+
+
 def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError unless `tensor` is of a float dtype."""
     if not tensor.is_floating_point():

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk, lm_head_entropy_topk, project_topk
+from ggro_kernels import (
+    candidate_scores,
+    entropy_topk,
+    lm_head_entropy_topk,
+    merge_partials,
+    project_topk,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,13 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _ids(vocab: int, *shape: int) -> torch.Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(vocab))
+
+
+def _partials(shards: int, rows: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    parts = [entropy_topk(_normal(rows, 50 + i, dtype=dtype), k) for i in range(shards)]
+    names = ("entropy", "logsumexp", "values", "indices")
+    stacked = {name: torch.stack([getattr(part, name) for part in parts]) for name in names}
+    return {**stacked, "offsets": 100 * torch.arange(shards).flip(0)}
 
 
 def _samples() -> dict[str, OpSample]:
@@ -86,6 +99,10 @@ def _samples() -> dict[str, OpSample]:
         "project_topk fp64": OpSample(
             project_topk, {"gradient": _normal(2, 33), "table": _normal(50, 33, dtype=fp64), "k": 5}
         ),
+        "merge_partials fp32": OpSample(merge_partials, _partials(3, 200, 25)),
+        "merge_partials bf16, one shard": OpSample(merge_partials, _partials(1, 4, 5, dtype=bf16)),
+        "merge_partials no rows": OpSample(merge_partials, _partials(2, 0, 5)),
+        "merge_partials fp64": OpSample(merge_partials, _partials(2, 3, 5, dtype=fp64)),
     }
 
 
