@@ -85,4 +85,10 @@ PYBIND11_MODULE(_native, m) {
            &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,
            &A::scores, &A::indices, &A::num_threads);
   }
+  {
+    using A = ggro::ScoreSelectArgs;
+    define(m, "score_select", ggro::score_select, &A::hidden, &A::hidden_dtype, &A::hidden_row_stride,
+           &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype, &A::uniforms, &A::rows,
+           &A::candidates, &A::width, &A::weight, &A::temperature, &A::index, &A::reward, &A::score, &A::num_threads);
+  }
 }

@@ -12,6 +12,7 @@ from ggro_kernels import (
     lm_head_entropy_topk,
     merge_partials,
     project_topk,
+    score_select,
 )
 
 
@@ -103,6 +104,25 @@ def _samples() -> dict[str, OpSample]:
         "merge_partials bf16, one shard": OpSample(merge_partials, _partials(1, 4, 5, dtype=bf16)),
         "merge_partials no rows": OpSample(merge_partials, _partials(2, 0, 5)),
         "merge_partials fp64": OpSample(merge_partials, _partials(2, 3, 5, dtype=fp64)),
+        "score_select greedy": OpSample(
+            score_select,
+            {"hidden": _normal(3, 30, 1031), "head": _normal(1031), "logits": _normal(3, 30), "weight": 1.5},
+        ),
+        "score_select categorical, mixed dtypes": OpSample(
+            score_select,
+            {
+                "hidden": _normal(4, 7, 100, dtype=bf16)[..., ::2],
+                "head": _normal(50),
+                "logits": _normal(4, 7, dtype=torch.float16),
+                "weight": 0.5,
+                "mode": "categorical",
+                "temperature": 0.7,
+                "uniforms": torch.tensor([0.0, 0.3, 0.6, 0.99]),
+            },
+        ),
+        "score_select no rows": OpSample(
+            score_select, {"hidden": _normal(0, 3, 8), "head": _normal(8), "logits": _normal(0, 3), "weight": 1.0}
+        ),
     }
 
 

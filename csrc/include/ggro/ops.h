@@ -5,6 +5,7 @@
 #include "ggro/lm_head_entropy_topk.h"
 #include "ggro/merge_partials.h"
 #include "ggro/project_topk.h"
+#include "ggro/score_select.h"
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
 // set and the public entry points are all generated from this list.
@@ -13,7 +14,8 @@
   X(entropy_topk, EntropyTopKArgs)               \
   X(lm_head_entropy_topk, LmHeadEntropyTopKArgs) \
   X(merge_partials, MergePartialsArgs)           \
-  X(project_topk, ProjectTopKArgs)
+  X(project_topk, ProjectTopKArgs)               \
+  X(score_select, ScoreSelectArgs)
 
 namespace ggro {
 
