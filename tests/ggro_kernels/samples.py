@@ -13,6 +13,7 @@ from ggro_kernels import (
     merge_partials,
     project_topk,
     score_select,
+    weighted_bt_loss,
 )
 
 
@@ -38,6 +39,18 @@ def _partials(shards: int, rows: int, k: int, dtype: torch.dtype = torch.float32
     names = ("entropy", "logsumexp", "values", "indices")
     stacked = {name: torch.stack([getattr(part, name) for part in parts]) for name in names}
     return {**stacked, "offsets": 100 * torch.arange(shards).flip(0)}
+
+
+def _pairs(
+    rows: int, lengths: tuple[int, int], pairs: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    return {
+        "chosen_rewards": _normal(rows, lengths[0], dtype=dtype),
+        "rejected_rewards": _normal(rows, lengths[1], dtype=dtype),
+        "chosen_positions": _ids(lengths[0], rows, pairs),
+        "rejected_positions": _ids(lengths[1], rows, pairs),
+        "weights": _normal(rows, pairs).relu(),
+    }
 
 
 def _samples() -> dict[str, OpSample]:
@@ -123,6 +136,12 @@ def _samples() -> dict[str, OpSample]:
         "score_select no rows": OpSample(
             score_select, {"hidden": _normal(0, 3, 8), "head": _normal(8), "logits": _normal(0, 3), "weight": 1.0}
         ),
+        "weighted_bt_loss fp32": OpSample(weighted_bt_loss, _pairs(30, (70, 50), 500)),
+        "weighted_bt_loss bf16, sum": OpSample(
+            weighted_bt_loss, {**_pairs(3, (7, 5), 9, dtype=bf16), "reduction": "sum"}
+        ),
+        "weighted_bt_loss no rows": OpSample(weighted_bt_loss, _pairs(0, (7, 5), 9)),
+        "weighted_bt_loss fp64": OpSample(weighted_bt_loss, _pairs(2, (7, 5), 3, dtype=fp64)),
     }
 
 

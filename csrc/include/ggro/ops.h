@@ -6,6 +6,7 @@
 #include "ggro/merge_partials.h"
 #include "ggro/project_topk.h"
 #include "ggro/score_select.h"
+#include "ggro/weighted_bt_loss.h"
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
 // set and the public entry points are all generated from this list.
@@ -15,7 +16,9 @@
   X(lm_head_entropy_topk, LmHeadEntropyTopKArgs) \
   X(merge_partials, MergePartialsArgs)           \
   X(project_topk, ProjectTopKArgs)               \
-  X(score_select, ScoreSelectArgs)
+  X(score_select, ScoreSelectArgs)               \
+  X(weighted_bt_loss, WeightedBTLossArgs)        \
+  X(weighted_bt_loss_backward, WeightedBTLossBackwardArgs)
 
 namespace ggro {
 
