@@ -69,6 +69,12 @@ PYBIND11_MODULE(_native, m) {
            &A::temperature, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
   }
   {
+    using A = ggro::EntropyTopKBackwardArgs;
+    define(m, "entropy_topk_backward", ggro::entropy_topk_backward, &A::entropy_gradient, &A::logsumexp_gradient,
+           &A::values_gradient, &A::logits, &A::dtype, &A::rows, &A::vocab, &A::row_stride, &A::k, &A::entropy,
+           &A::logsumexp, &A::indices, &A::temperature, &A::gradient, &A::num_threads);
+  }
+  {
     using A = ggro::LmHeadEntropyTopKArgs;
     define(m, "lm_head_entropy_topk", ggro::lm_head_entropy_topk, &A::hidden, &A::hidden_dtype, &A::hidden_stride,
            &A::weight, &A::weight_dtype, &A::weight_stride, &A::bias, &A::softcap, &A::temperature, &A::rows, &A::vocab,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ggro_kernels import candidate_scores, entropy_topk
 from ggro_kernels.library import NAMESPACE, registered_ops
 from ggro_kernels.testing import bitwise
+from tests.ggro_kernels.op_calls import OpCalls
 from tests.ggro_kernels.samples import SAMPLES, OpSample
 
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in SAMPLES.items()])
@@ -32,19 +32,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def run_in_fresh_process(code: str) -> None:
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-
-
-class OpCalls(TorchDispatchMode):
-    """Records the calls of this package's ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == NAMESPACE:
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
