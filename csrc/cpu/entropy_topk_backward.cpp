@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "dtypes.h"
 #include "kernels.h"
 #include "narrow.h"
 #include "simd.h"
@@ -101,14 +102,7 @@ void run(const EntropyTopKBackwardArgs& args) {
 namespace GGRO_ISA {
 
 void entropy_topk_backward(const EntropyTopKBackwardArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args);
-    case DType::kBFloat16:
-      return run<BFloat16>(args);
-    case DType::kFloat16:
-      return run<Float16>(args);
-  }
+  with_dtype(args.dtype, [&](auto type) { run<decltype(type)>(args); });
 }
 
 }  // namespace GGRO_ISA

@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 
+#include "dtypes.h"
 #include "kernels.h"
 #include "top_k.h"
 
@@ -114,14 +115,7 @@ void run(const MergePartialsArgs& args) {
 namespace GGRO_ISA {
 
 void merge_partials(const MergePartialsArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args);
-    case DType::kBFloat16:
-      return run<BFloat16>(args);
-    case DType::kFloat16:
-      return run<Float16>(args);
-  }
+  with_dtype(args.dtype, [&](auto type) { run<decltype(type)>(args); });
 }
 
 }  // namespace GGRO_ISA

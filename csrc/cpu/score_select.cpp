@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "dot.h"
+#include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
 
@@ -58,17 +59,7 @@ int64_t select(const ScoreSelectArgs& args, int64_t row, double* cumulative) {
 void run(const ScoreSelectArgs& args) {
   const std::unique_ptr<float[]> head(new float[args.width]);
   for (int64_t i = 0; i < args.width; ++i) head[i] = to_float(args.head, args.head_dtype, i);
-  switch (args.hidden_dtype) {
-    case DType::kFloat32:
-      rewards<float>(args, head.get());
-      break;
-    case DType::kBFloat16:
-      rewards<BFloat16>(args, head.get());
-      break;
-    case DType::kFloat16:
-      rewards<Float16>(args, head.get());
-      break;
-  }
+  with_dtype(args.hidden_dtype, [&](auto type) { rewards<decltype(type)>(args, head.get()); });
   const std::unique_ptr<double[]> cumulative(new double[args.candidates]);
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t i = row * args.candidates; i < (row + 1) * args.candidates; ++i) {

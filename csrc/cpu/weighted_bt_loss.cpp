@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
 #include "narrow.h"
@@ -118,14 +119,7 @@ void weighted_bt_loss(const WeightedBTLossArgs& args) {
 }
 
 void weighted_bt_loss_backward(const WeightedBTLossBackwardArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run_backward<float>(args);
-    case DType::kBFloat16:
-      return run_backward<BFloat16>(args);
-    case DType::kFloat16:
-      return run_backward<Float16>(args);
-  }
+  with_dtype(args.dtype, [&](auto type) { run_backward<decltype(type)>(args); });
 }
 
 }  // namespace GGRO_ISA
