@@ -27,9 +27,10 @@ struct Wire<ggro::DType> {
   static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
 };
 
-// Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
-template <typename Args, typename... Fields>
-void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Args::*... fields) {
+// Defines a function that takes the fields in this order, some of which may be those of a base of the arguments.
+// Tensors, their checks and their allocation belong to Python.
+template <typename Args, typename... Owners, typename... Fields>
+void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Owners::*... fields) {
   m.def(
       name,
       [=](typename Wire<Fields>::Type... values) {
@@ -68,15 +69,47 @@ PYBIND11_MODULE(_native, m) {
            &A::temperature, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
   }
   {
+    using A = ggro::EntropyTopKBackwardArgs;
+    define(m, "entropy_topk_backward", ggro::entropy_topk_backward, &A::entropy_gradient, &A::logsumexp_gradient,
+           &A::values_gradient, &A::logits, &A::dtype, &A::rows, &A::vocab, &A::row_stride, &A::k, &A::entropy,
+           &A::logsumexp, &A::indices, &A::temperature, &A::gradient, &A::num_threads);
+  }
+  {
     using A = ggro::LmHeadEntropyTopKArgs;
     define(m, "lm_head_entropy_topk", ggro::lm_head_entropy_topk, &A::hidden, &A::hidden_dtype, &A::hidden_stride,
            &A::weight, &A::weight_dtype, &A::weight_stride, &A::bias, &A::softcap, &A::temperature, &A::rows, &A::vocab,
            &A::width, &A::k, &A::entropy, &A::logsumexp, &A::values, &A::indices, &A::num_threads);
   }
   {
+    using A = ggro::MergePartialsArgs;
+    define(m, "merge_partials", ggro::merge_partials, &A::entropy, &A::logsumexp, &A::values, &A::dtype, &A::indices,
+           &A::offsets, &A::shards, &A::rows, &A::k, &A::merged_entropy, &A::merged_logsumexp, &A::merged_values,
+           &A::merged_indices, &A::num_threads);
+  }
+  {
     using A = ggro::ProjectTopKArgs;
     define(m, "project_topk", ggro::project_topk, &A::gradient, &A::gradient_dtype, &A::gradient_stride, &A::table,
            &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,
            &A::scores, &A::indices, &A::num_threads);
+  }
+  {
+    using A = ggro::ScoreSelectArgs;
+    define(m, "score_select", ggro::score_select, &A::hidden, &A::hidden_dtype, &A::hidden_row_stride,
+           &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype, &A::uniforms, &A::rows,
+           &A::candidates, &A::width, &A::weight, &A::temperature, &A::index, &A::reward, &A::score, &A::num_threads);
+  }
+  {
+    using A = ggro::WeightedBTLossArgs;
+    define(m, "weighted_bt_loss", ggro::weighted_bt_loss, &A::chosen_rewards, &A::chosen_length, &A::chosen_stride,
+           &A::rejected_rewards, &A::rejected_length, &A::rejected_stride, &A::dtype, &A::chosen_positions,
+           &A::rejected_positions, &A::weights, &A::weights_dtype, &A::rows, &A::pairs, &A::mean, &A::num_threads,
+           &A::loss);
+  }
+  {
+    using A = ggro::WeightedBTLossBackwardArgs;
+    define(m, "weighted_bt_loss_backward", ggro::weighted_bt_loss_backward, &A::chosen_rewards, &A::chosen_length,
+           &A::chosen_stride, &A::rejected_rewards, &A::rejected_length, &A::rejected_stride, &A::dtype,
+           &A::chosen_positions, &A::rejected_positions, &A::weights, &A::weights_dtype, &A::rows, &A::pairs, &A::mean,
+           &A::num_threads, &A::loss_gradient, &A::chosen_gradient, &A::rejected_gradient);
   }
 }

@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -78,6 +79,12 @@ void throw_out_of_range(const char* argument, int64_t row, int64_t column, int64
   throw std::out_of_range(std::string(argument) + "[" + std::to_string(row) + ", " + std::to_string(column) +
                           "] must be in 0 .. " + std::to_string(last) + ", " + meaning + ", got " +
                           std::to_string(value));
+}
+
+void throw_not_in_unit_interval(const char* argument, int64_t index, float value) {
+  std::ostringstream message;
+  message << argument << '[' << index << "] must be in [0, 1), got " << value;
+  throw std::invalid_argument(message.str());
 }
 
 #define GGRO_DEFINE(op, Args) \

@@ -3,14 +3,23 @@
 from ggro_kernels.candidate_scores.api import candidate_scores
 from ggro_kernels.entropy_topk.api import EntropyTopK, entropy_topk
 from ggro_kernels.lm_head_entropy_topk.api import lm_head_entropy_topk
+from ggro_kernels.merge_partials.api import merge_partials
 from ggro_kernels.project_topk.api import ProjectTopK, project_topk
+from ggro_kernels.score_select.api import ScoreSelect, score_select
+from ggro_kernels.weighted_bt_loss.api import weighted_bt_loss
+from ggro_kernels.weighted_bt_loss.weights import binary_entropy_weight
 
 __version__ = "0.1.0"
 __all__ = [
     "EntropyTopK",
     "ProjectTopK",
+    "ScoreSelect",
+    "binary_entropy_weight",
     "candidate_scores",
     "entropy_topk",
     "lm_head_entropy_topk",
+    "merge_partials",
     "project_topk",
+    "score_select",
+    "weighted_bt_loss",
 ]

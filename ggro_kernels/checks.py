@@ -13,6 +13,12 @@ def check_tensor(name: str, tensor: object, shape: str, like: torch.Tensor | Non
         raise ValueError(f"{name} must be on {like.device} as the other tensors, got {tensor.device}")
 
 
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], other: str) -> None:
+    """Raise ValueError unless `tensor` has the shape that the argument `other` asks for."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} to go with {other}, got {list(tensor.shape)}")
+
+
 def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError unless `tensor` is of a float dtype."""
     if not tensor.is_floating_point():
@@ -46,6 +52,12 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in {low} .. {high}, got {value}")
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_indices(name: str, indices: torch.Tensor, last: int, meaning: str) -> None:
     """Raise IndexError for a value of `indices` [N, K] outside 0 .. last; CPU only, elsewhere it would need a sync."""
     if indices.device.type != "cpu":
@@ -56,3 +68,12 @@ def check_indices(name: str, indices: torch.Tensor, last: int, meaning: str) -> 
         raise IndexError(
             f"{name}[{row}, {column}] must be in 0 .. {last}, {meaning}, got {indices[row, column].item()}"
         )
+
+
+def check_unit_interval(name: str, values: torch.Tensor) -> None:
+    """Raise ValueError for a value of `values` [N] outside [0, 1); CPU only, elsewhere it would need a sync."""
+    if values.device.type != "cpu":
+        return
+    bad = (~((values >= 0) & (values < 1))).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}[{bad[0].item()}] must be in [0, 1), got {values[bad[0]].item():g}")

@@ -6,4 +6,6 @@ import torch
 def top_k_indices(values: torch.Tensor, k: int) -> torch.Tensor:
     """[R, k] indices of the k largest of values [R, V]; -0.0 equals +0.0 and NaN is the largest value."""
     # A stable descending sort keeps equal values in index order; it puts NaN first. Adding zero turns -0.0 into +0.0.
-    return (values + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+    order = (values + 0.0).sort(dim=1, descending=True, stable=True).indices
+    # Unlike contiguous(), with the strides of a [R, k] also where R is 0.
+    return order[:, :k].clone(memory_format=torch.contiguous_format)

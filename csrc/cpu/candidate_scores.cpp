@@ -3,51 +3,19 @@
 #include <algorithm>
 #include <memory>
 
+#include "dot.h"
 #include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace ggro::cpu {
 namespace {
-
-constexpr int kUnroll = 4;
-constexpr int64_t kStep = kUnroll * kLanes;
 
 // Fewer multiply-adds than this per thread cost less than waking the thread.
 constexpr int64_t kMinWorkPerThread = 1 << 16;
 
 // The rows lie anywhere, so that the processor cannot foresee them: so much is fetched before it is used.
 constexpr int64_t kBytesAhead = 4096;
-constexpr size_t kCacheLine = 64;
-
-template <typename T>
-void widen(const T* x, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
-  for (; i < width; ++i) out[i] = to_float(x[i]);
-}
-
-// next: a row that is fetched into the cache meanwhile.
-template <typename T>
-float dot(const float* a, const T* b, const T* next, int64_t width) {
-  Vec sums[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) sums[u] = broadcast(0.0f);
-  int64_t i = 0;
-  for (; i + kStep <= width; i += kStep) {
-    for (size_t byte = 0; byte < kStep * sizeof(T); byte += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      sums[u] = fma(load(a + i + u * kLanes), load(b + i + u * kLanes), sums[u]);
-    }
-  }
-  for (; i + kLanes <= width; i += kLanes) sums[0] = fma(load(a + i), load(b + i), sums[0]);
-  float sum = horizontal_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  for (; i < width; ++i) sum += a[i] * to_float(b[i]);
-  return sum;
-}
 
 template <typename G, typename T>
 void run(const CandidateScoresArgs& args) {

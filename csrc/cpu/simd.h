@@ -40,6 +40,19 @@ inline float to_float(Float16 x) {
   return out;
 }
 
+// Element i of an array whose type is known at run time only.
+inline float to_float(const void* x, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(x)[i];
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(x)[i]);
+    case DType::kFloat16:
+      return to_float(static_cast<const Float16*>(x)[i]);
+  }
+  return 0.0f;
+}
+
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;

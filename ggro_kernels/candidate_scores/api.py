@@ -19,8 +19,9 @@ def candidate_scores(
         impl: "auto", "native", "triton" or "reference"; an explicit request runs or raises.
 
     Returns:
-        scores [P, k], `scores[p, j] = sum_i gradient[p, i] * table[ids[p, j], i]`, detached from the inputs;
-        accumulated and returned in fp32 (fp64 if either input is fp64).
+        scores [P, k], `scores[p, j] = sum_i gradient[p, i] * table[ids[p, j], i]`, accumulated and returned in fp32
+        (fp64 if either input is fp64). Differentiable once in gradient and table; the table's gradient is a dense
+        [V, d] in its dtype, in which candidates of the same row are summed in fp32 in the order of ids.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or impl.

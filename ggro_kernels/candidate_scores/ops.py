@@ -1,4 +1,6 @@
-"""Registration of `candidate_scores` with torch's dispatcher."""
+"""Registration of `candidate_scores` and its gradients with torch's dispatcher."""
+
+from typing import Any
 
 import torch
 
@@ -17,6 +19,59 @@ def _fake(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: 
     return gradient.new_empty(ids.shape, dtype=reference.score_dtype(gradient, table))
 
 
+def _run_gradient_gradient(
+    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return reference.gradient_gradient(scores_gradient.detach(), gradient.detach(), table.detach(), ids)
+
+
+def _fake_gradient_gradient(
+    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+def _run_table_gradient(
+    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return reference.table_gradient(scores_gradient.detach(), gradient.detach(), table.detach(), ids)
+
+
+def _fake_table_gradient(
+    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return table.new_empty(table.shape)
+
+
+_SAVED = "Tensor scores_gradient, Tensor gradient, Tensor table, Tensor ids"
+
+gradient_gradient_op = register(
+    f"candidate_scores_gradient_gradient({_SAVED}) -> Tensor", _run_gradient_gradient, _fake_gradient_gradient
+)
+# An op of its own, so that a compiler does not sum repeated rows in an order of its choice.
+table_gradient_op = register(
+    f"candidate_scores_table_gradient({_SAVED}) -> Tensor", _run_table_gradient, _fake_table_gradient
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, scores_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    return (
+        gradient_gradient_op(scores_gradient, *saved) if ctx.needs_input_grad[0] else None,
+        table_gradient_op(scores_gradient, *saved) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+    )
+
+
 candidate_scores_op = register(
-    "candidate_scores(Tensor gradient, Tensor table, Tensor ids, str impl) -> Tensor", _run, _fake
+    "candidate_scores(Tensor gradient, Tensor table, Tensor ids, str impl) -> Tensor",
+    _run,
+    _fake,
+    save_for_backward=_save_for_backward,
+    backward=_backward,
 )

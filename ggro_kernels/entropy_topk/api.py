@@ -36,7 +36,9 @@ def entropy_topk(logits: torch.Tensor, k: int, *, temperature: float = 1.0, impl
         impl: "auto", "native", "triton" or "reference"; an explicit request runs or raises.
 
     Returns:
-        `EntropyTopK(entropy[R], logsumexp[R], values[R, k], indices[R, k])`, detached from the logits.
+        `EntropyTopK(entropy[R], logsumexp[R], values[R, k], indices[R, k])`. Entropy, logsumexp and values are
+        differentiable once: dH/dx = -p (log p + H) / T, dlse/dx = p / T, in the dtype of the logits, 0 where p is 0. A
+        row whose entropy and logsumexp got a gradient of 0 passes on that of its values only, even if they are NaN.
         The order is value descending, then index ascending; -0.0 equals +0.0; NaN is the largest value.
         A logit of -inf has probability 0 and adds nothing to the entropy. A row of only -inf has logsumexp -inf and
         entropy NaN; +inf gives logsumexp +inf and entropy NaN; NaN makes both NaN. A row's result does not depend on

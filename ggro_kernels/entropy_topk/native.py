@@ -1,4 +1,4 @@
-"""`entropy_topk` by csrc/cpu/entropy_topk.cpp."""
+"""`entropy_topk` and its gradient by csrc/cpu/entropy_topk.cpp and entropy_topk_backward.cpp."""
 
 import torch
 
@@ -31,3 +31,38 @@ def entropy_topk(
         torch.get_num_threads(),
     )
     return entropy, logsumexp, values, indices
+
+
+def entropy_topk_backward(
+    entropy_gradient: torch.Tensor,
+    logsumexp_gradient: torch.Tensor,
+    values_gradient: torch.Tensor,
+    logits: torch.Tensor,
+    entropy: torch.Tensor,
+    logsumexp: torch.Tensor,
+    indices: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient [R, V] of CPU logits, in their dtype."""
+    entropy_gradient, logsumexp_gradient = entropy_gradient.contiguous(), logsumexp_gradient.contiguous()
+    values_gradient, logits = values_gradient.contiguous(), with_unit_column_stride(logits)
+    rows, vocab = logits.shape
+    gradient = torch.empty(rows, vocab, dtype=logits.dtype)
+    native().entropy_topk_backward(
+        entropy_gradient.data_ptr(),
+        logsumexp_gradient.data_ptr(),
+        values_gradient.data_ptr(),
+        logits.data_ptr(),
+        DTYPE_CODES[logits.dtype],
+        rows,
+        vocab,
+        logits.stride(0),
+        indices.shape[1],
+        entropy.data_ptr(),
+        logsumexp.data_ptr(),
+        indices.data_ptr(),
+        temperature,
+        gradient.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gradient

@@ -1,4 +1,6 @@
-"""Registration of `entropy_topk` with torch's dispatcher."""
+"""Registration of `entropy_topk` and its gradient with torch's dispatcher."""
+
+from typing import Any
 
 import torch
 
@@ -26,8 +28,62 @@ def _fake(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Output
     )
 
 
+def _run_backward(
+    entropy_gradient: torch.Tensor,
+    logsumexp_gradient: torch.Tensor,
+    values_gradient: torch.Tensor,
+    logits: torch.Tensor,
+    entropy: torch.Tensor,
+    logsumexp: torch.Tensor,
+    indices: torch.Tensor,
+    temperature: float,
+    impl: str,
+) -> torch.Tensor:
+    gradients = entropy_gradient.detach(), logsumexp_gradient.detach(), values_gradient.detach()
+    saved = logits.detach(), entropy.detach(), logsumexp.detach(), indices
+    if resolve(impl, logits.device, logits.dtype) == "native":
+        return native.entropy_topk_backward(*gradients, *saved, temperature)
+    return reference.entropy_topk_backward(*gradients, *saved, temperature)
+
+
+def _fake_backward(
+    entropy_gradient: torch.Tensor,
+    logsumexp_gradient: torch.Tensor,
+    values_gradient: torch.Tensor,
+    logits: torch.Tensor,
+    entropy: torch.Tensor,
+    logsumexp: torch.Tensor,
+    indices: torch.Tensor,
+    temperature: float,
+    impl: str,
+) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+entropy_topk_backward_op = register(
+    "entropy_topk_backward(Tensor entropy_gradient, Tensor logsumexp_gradient, Tensor values_gradient, Tensor logits,"
+    " Tensor entropy, Tensor logsumexp, Tensor indices, float temperature, str impl) -> Tensor",
+    _run_backward,
+    _fake_backward,
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    logits, _, ctx.temperature, ctx.impl = inputs
+    entropy, logsumexp, _, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(logits, entropy, logsumexp, indices)
+
+
+def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    gradient = entropy_topk_backward_op(*gradients[:3], *ctx.saved_tensors, ctx.temperature, ctx.impl)
+    return gradient, None, None, None
+
+
 entropy_topk_op = register(
     "entropy_topk(Tensor logits, SymInt k, float temperature, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
+    save_for_backward=_save_for_backward,
+    backward=_backward,
 )

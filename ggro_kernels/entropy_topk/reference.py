@@ -25,3 +25,25 @@ def entropy_topk(
 
     indices = top_k_indices(logits, k)
     return entropy, logsumexp, logits.gather(1, indices), indices
+
+
+def entropy_topk_backward(
+    entropy_gradient: torch.Tensor,
+    logsumexp_gradient: torch.Tensor,
+    values_gradient: torch.Tensor,
+    logits: torch.Tensor,
+    entropy: torch.Tensor,
+    logsumexp: torch.Tensor,
+    indices: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient [R, V] of the logits, in their dtype."""
+    accumulate = logsumexp.dtype
+    for_entropy, for_logsumexp = entropy_gradient.unsqueeze(1), logsumexp_gradient.unsqueeze(1)
+    log_probabilities = logits.to(accumulate) / temperature - logsumexp.unsqueeze(1)
+    # A statistic of NaN matters only where its gradient is used.
+    entropy_terms = torch.where(for_entropy == 0, 0.0, for_entropy * (log_probabilities + entropy.unsqueeze(1)))
+    gradient = log_probabilities.exp() * (for_logsumexp - entropy_terms) / temperature
+    impossible = (logits == -torch.inf) | (log_probabilities == -torch.inf)
+    gradient = gradient.masked_fill(impossible | ((for_entropy == 0) & (for_logsumexp == 0)), 0.0)
+    return gradient.scatter_add(1, indices, values_gradient.to(accumulate)).to(logits.dtype).contiguous()

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk, lm_head_entropy_topk, project_topk
+from ggro_kernels import (
+    candidate_scores,
+    entropy_topk,
+    lm_head_entropy_topk,
+    merge_partials,
+    project_topk,
+    score_select,
+    weighted_bt_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,25 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _ids(vocab: int, *shape: int) -> torch.Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(vocab))
+
+
+def _partials(shards: int, rows: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    parts = [entropy_topk(_normal(rows, 50 + i, dtype=dtype), k) for i in range(shards)]
+    names = ("entropy", "logsumexp", "values", "indices")
+    stacked = {name: torch.stack([getattr(part, name) for part in parts]) for name in names}
+    return {**stacked, "offsets": 100 * torch.arange(shards).flip(0)}
+
+
+def _pairs(
+    rows: int, lengths: tuple[int, int], pairs: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    return {
+        "chosen_rewards": _normal(rows, lengths[0], dtype=dtype),
+        "rejected_rewards": _normal(rows, lengths[1], dtype=dtype),
+        "chosen_positions": _ids(lengths[0], rows, pairs),
+        "rejected_positions": _ids(lengths[1], rows, pairs),
+        "weights": _normal(rows, pairs).relu(),
+    }
 
 
 def _samples() -> dict[str, OpSample]:
@@ -86,6 +113,35 @@ def _samples() -> dict[str, OpSample]:
         "project_topk fp64": OpSample(
             project_topk, {"gradient": _normal(2, 33), "table": _normal(50, 33, dtype=fp64), "k": 5}
         ),
+        "merge_partials fp32": OpSample(merge_partials, _partials(3, 200, 25)),
+        "merge_partials bf16, one shard": OpSample(merge_partials, _partials(1, 4, 5, dtype=bf16)),
+        "merge_partials no rows": OpSample(merge_partials, _partials(2, 0, 5)),
+        "merge_partials fp64": OpSample(merge_partials, _partials(2, 3, 5, dtype=fp64)),
+        "score_select greedy": OpSample(
+            score_select,
+            {"hidden": _normal(3, 30, 1031), "head": _normal(1031), "logits": _normal(3, 30), "weight": 1.5},
+        ),
+        "score_select categorical, mixed dtypes": OpSample(
+            score_select,
+            {
+                "hidden": _normal(4, 7, 100, dtype=bf16)[..., ::2],
+                "head": _normal(50),
+                "logits": _normal(4, 7, dtype=torch.float16),
+                "weight": 0.5,
+                "mode": "categorical",
+                "temperature": 0.7,
+                "uniforms": torch.tensor([0.0, 0.3, 0.6, 0.99]),
+            },
+        ),
+        "score_select no rows": OpSample(
+            score_select, {"hidden": _normal(0, 3, 8), "head": _normal(8), "logits": _normal(0, 3), "weight": 1.0}
+        ),
+        "weighted_bt_loss fp32": OpSample(weighted_bt_loss, _pairs(30, (70, 50), 500)),
+        "weighted_bt_loss bf16, sum": OpSample(
+            weighted_bt_loss, {**_pairs(3, (7, 5), 9, dtype=bf16), "reduction": "sum"}
+        ),
+        "weighted_bt_loss no rows": OpSample(weighted_bt_loss, _pairs(0, (7, 5), 9)),
+        "weighted_bt_loss fp64": OpSample(weighted_bt_loss, _pairs(2, (7, 5), 3, dtype=fp64)),
     }
 
 

@@ -5,6 +5,7 @@ import torch
 
 from ggro_kernels import candidate_scores
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.op_calls import OpCalls
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -103,9 +104,54 @@ def test_fp64_goes_through_the_reference(dtypes: tuple[torch.dtype, torch.dtype]
     torch.testing.assert_close(scores, project(gradient, table, ids, torch.float64), rtol=1e-12, atol=1e-12)
 
 
-def test_outputs_are_detached(impl: str) -> None:
-    gradient, table, ids = inputs(3, 50, 64, 5, torch.float32, torch.float32)
-    assert not candidate_scores(gradient.requires_grad_(), table.requires_grad_(), ids, impl=impl).requires_grad
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+@pytest.mark.parametrize("table_dtype", DTYPES)
+def test_gradients(gradient_dtype: torch.dtype, table_dtype: torch.dtype, impl: str) -> None:
+    gradient, table, ids = inputs(6, 11, 33, 9, gradient_dtype, table_dtype)
+    weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(5))
+
+    def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (gradient, table)]
+        return torch.autograd.grad((project(*leaves, ids, dtype) * weights.to(dtype)).sum(), leaves)
+
+    leaves = gradient.requires_grad_(), table.requires_grad_()
+    actual = torch.autograd.grad((candidate_scores(*leaves, ids, impl=impl) * weights).sum(), leaves)
+    for name, result, *expected in zip(
+        ("gradient", "table"), actual, gradients(torch.float32), gradients(torch.float64), strict=True
+    ):
+        assert result.dtype == (gradient_dtype if name == "gradient" else table_dtype) and result.is_contiguous()
+        assert_within_budget(result, *expected, scale=10.0, what=name)
+
+
+def test_gradcheck_in_fp64() -> None:
+    gradient, table, ids = inputs(3, 7, 5, 4, torch.float64, torch.float64)
+    leaves = gradient.requires_grad_(), table.requires_grad_()
+    assert torch.autograd.gradcheck(lambda gradient, table: candidate_scores(gradient, table, ids), leaves)
+
+
+def test_only_the_gradients_needed_are_computed(impl: str) -> None:
+    for needed in range(2):
+        *leaves, ids = inputs(3, 50, 64, 5, torch.float32, torch.float32)
+        leaves[needed].requires_grad_()
+        with OpCalls() as recorder:
+            candidate_scores(*leaves, ids, impl=impl).sum().backward()
+        computed = ("candidate_scores_gradient_gradient", "candidate_scores_table_gradient")[needed]
+        assert [func._schema.name.split("::")[1] for func, _ in recorder.calls] == ["candidate_scores", computed]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_bitwise_the_same_for_any_thread_count(dtype: torch.dtype) -> None:
+    gradient, table, ids = inputs(64, 10, 512, 25, torch.float32, dtype)
+    leaves = gradient.requires_grad_(), table.requires_grad_()
+    weights = torch.randn(64, 25, generator=torch.Generator().manual_seed(5))
+    alone = torch.autograd.grad((candidate_scores(*leaves, ids) * weights).sum(), leaves)
+    try:
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            again = torch.autograd.grad((candidate_scores(*leaves, ids) * weights).sum(), leaves)
+            assert all(torch.equal(bitwise(a), bitwise(b)) for a, b in zip(again, alone, strict=True))
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 50, 2**40])

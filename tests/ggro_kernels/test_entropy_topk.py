@@ -215,11 +215,6 @@ def test_fp64_goes_through_the_reference() -> None:
     assert_exact_selection(result.values, result.indices, logits)
 
 
-def test_outputs_are_detached(impl: str) -> None:
-    logits = torch.randn(2, 9, requires_grad=True)
-    assert not any(tensor.requires_grad for tensor in entropy_topk(logits, 3, impl=impl))
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ggro_kernels import candidate_scores, entropy_topk
 from ggro_kernels.library import NAMESPACE, registered_ops
 from ggro_kernels.testing import bitwise
+from tests.ggro_kernels.op_calls import OpCalls
 from tests.ggro_kernels.samples import SAMPLES, OpSample
 
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in SAMPLES.items()])
@@ -33,19 +34,6 @@ def run_in_fresh_process(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-class OpCalls(TorchDispatchMode):
-    """Records the calls of this package's ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == NAMESPACE:
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
@@ -56,29 +44,37 @@ def assert_bitwise_equal(actual: Any, expected: Any) -> None:
         assert torch.equal(bitwise(a), bitwise(b)) if a.is_floating_point() else torch.equal(a, b)
 
 
-def test_every_op_has_a_sample() -> None:
+def ops_called_by(sample: OpSample, **options: Any) -> list[tuple[Any, tuple]]:
+    """The ops of a sample and of its backward pass, with their arguments."""
+    arguments = {
+        name: value.detach().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in sample.arguments.items()
+    }
     with OpCalls() as recorder:
-        for sample in SAMPLES.values():
-            arguments = {
-                name: value.detach().requires_grad_()
-                if isinstance(value, torch.Tensor) and value.is_floating_point()
-                else value
-                for name, value in sample.arguments.items()
-            }
-            differentiable = [x for x in outputs_of(sample.function(**arguments)) if x.requires_grad]
-            if differentiable:
-                sum(x.double().sum() for x in differentiable).backward()
-    assert {func._schema.name.removeprefix(f"{NAMESPACE}::") for func, _ in recorder.calls} == set(registered_ops())
+        differentiable = [x for x in outputs_of(sample.function(**arguments, **options)) if x.requires_grad]
+        if differentiable:
+            sum(x.double().sum() for x in differentiable).backward()
+    return recorder.calls
+
+
+def test_every_op_has_a_sample() -> None:
+    called = {
+        func._schema.name.removeprefix(f"{NAMESPACE}::")
+        for sample in SAMPLES.values()
+        for func, _ in ops_called_by(sample)
+    }
+    assert called == set(registered_ops())
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @sampled
 def test_opcheck(sample: OpSample, impl: str) -> None:
-    with OpCalls() as recorder:
-        sample.function(**sample.arguments, impl=impl)
-    assert recorder.calls
-    for func, arguments in recorder.calls:
-        torch.library.opcheck(func, arguments)
+    calls = ops_called_by(sample, impl=impl)
+    assert calls
+    for func, arguments in calls:
+        torch.library.opcheck(func, tree_map_only(torch.Tensor, torch.Tensor.detach, arguments))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -87,6 +83,45 @@ def test_compile_fullgraph(sample: OpSample, dynamic: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(sample.function, fullgraph=True, dynamic=dynamic)
     assert_bitwise_equal(compiled(**sample.arguments), sample.function(**sample.arguments))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@sampled
+def test_compile_fullgraph_with_backward(sample: OpSample, dynamic: bool) -> None:
+    def gradients(function: Callable[..., Any]) -> list[torch.Tensor | None]:
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in sample.arguments.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        differentiable = [x for x in outputs_of(function(**{**sample.arguments, **leaves})) if x.requires_grad]
+        if not differentiable:
+            return []
+        loss = sum((x.double() * (i + 1)).sum() for i, x in enumerate(differentiable))
+        return list(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+
+    torch.compiler.reset()
+    expected = gradients(sample.function)
+    if not expected:
+        pytest.skip("not differentiable")
+    compiled = gradients(torch.compile(sample.function, fullgraph=True, dynamic=dynamic))
+    for actual, eager in zip(compiled, expected, strict=True):
+        assert (actual is None) == (eager is None)
+        if actual is not None:
+            assert_bitwise_equal(actual, eager)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@sampled
+def test_no_graph_without_gradients(sample: OpSample, mode: Callable[[], Any]) -> None:
+    arguments = {
+        name: value.detach().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in sample.arguments.items()
+    }
+    with mode():
+        assert not any(x.requires_grad for x in outputs_of(sample.function(**arguments)))
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -2,16 +2,25 @@
 
 #include "ggro/candidate_scores.h"
 #include "ggro/entropy_topk.h"
+#include "ggro/entropy_topk_backward.h"
 #include "ggro/lm_head_entropy_topk.h"
+#include "ggro/merge_partials.h"
 #include "ggro/project_topk.h"
+#include "ggro/score_select.h"
+#include "ggro/weighted_bt_loss.h"
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
 // set and the public entry points are all generated from this list.
-#define GGRO_OPS(X)                              \
-  X(candidate_scores, CandidateScoresArgs)       \
-  X(entropy_topk, EntropyTopKArgs)               \
-  X(lm_head_entropy_topk, LmHeadEntropyTopKArgs) \
-  X(project_topk, ProjectTopKArgs)
+#define GGRO_OPS(X)                                 \
+  X(candidate_scores, CandidateScoresArgs)          \
+  X(entropy_topk, EntropyTopKArgs)                  \
+  X(entropy_topk_backward, EntropyTopKBackwardArgs) \
+  X(lm_head_entropy_topk, LmHeadEntropyTopKArgs)    \
+  X(merge_partials, MergePartialsArgs)              \
+  X(project_topk, ProjectTopKArgs)                  \
+  X(score_select, ScoreSelectArgs)                  \
+  X(weighted_bt_loss, WeightedBTLossArgs)           \
+  X(weighted_bt_loss_backward, WeightedBTLossBackwardArgs)
 
 namespace ggro {
 

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "simd.h"
+
+// Dot products of fp32 vectors with vectors of any element type, accumulated in fp32 in an order that depends on the
+// width only. In an unnamed namespace for the reason given in simd.h.
+namespace ggro::cpu {
+namespace {
+
+constexpr int kDotUnroll = 4;
+constexpr int64_t kDotStep = kDotUnroll * kLanes;
+constexpr size_t kCacheLine = 64;
+
+template <typename T>
+void widen(const T* x, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = to_float(x[i]);
+}
+
+// next: a row that is fetched into the cache meanwhile; it need not exist.
+template <typename T>
+float dot(const float* a, const T* b, const T* next, int64_t width) {
+  Vec sums[kDotUnroll];
+  for (int u = 0; u < kDotUnroll; ++u) sums[u] = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + kDotStep <= width; i += kDotStep) {
+    for (size_t byte = 0; byte < kDotStep * sizeof(T); byte += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kDotUnroll; ++u) {
+      sums[u] = fma(load(a + i + u * kLanes), load(b + i + u * kLanes), sums[u]);
+    }
+  }
+  for (; i + kLanes <= width; i += kLanes) sums[0] = fma(load(a + i), load(b + i), sums[0]);
+  float sum = horizontal_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  for (; i < width; ++i) sum += a[i] * to_float(b[i]);
+  return sum;
+}
+
+}  // namespace
+}  // namespace ggro::cpu

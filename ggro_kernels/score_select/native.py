@@ -1,0 +1,44 @@
+"""`score_select` by csrc/cpu/score_select.cpp."""
+
+import torch
+
+from ggro_kernels.dispatch import native
+from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+
+
+def score_select(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    logits: torch.Tensor,
+    weight: float,
+    temperature: float,
+    uniforms: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(index[B], reward[B, k], score[B, k])` of CPU tensors; greedy without uniforms."""
+    hidden, head, logits = with_unit_column_stride(hidden), head.contiguous(), logits.contiguous()
+    uniforms = None if uniforms is None else uniforms.contiguous()
+    rows, candidates, width = hidden.shape
+    index = torch.empty(rows, dtype=torch.int64)
+    reward = torch.empty(rows, candidates, dtype=torch.float32)
+    score = torch.empty(rows, candidates, dtype=torch.float32)
+    native().score_select(
+        hidden.data_ptr(),
+        DTYPE_CODES[hidden.dtype],
+        hidden.stride(0),
+        hidden.stride(1),
+        head.data_ptr(),
+        DTYPE_CODES[head.dtype],
+        logits.data_ptr(),
+        DTYPE_CODES[logits.dtype],
+        0 if uniforms is None else uniforms.data_ptr(),
+        rows,
+        candidates,
+        width,
+        weight,
+        temperature,
+        index.data_ptr(),
+        reward.data_ptr(),
+        score.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return index, reward, score

@@ -1,0 +1,48 @@
+"""Registration of `score_select` with torch's dispatcher."""
+
+import torch
+
+from ggro_kernels.dispatch import resolve
+from ggro_kernels.library import register
+from ggro_kernels.score_select import native, reference
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _run(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    logits: torch.Tensor,
+    weight: float,
+    temperature: float,
+    uniforms: torch.Tensor | None,
+    impl: str,
+) -> Outputs:
+    if resolve(impl, hidden.device, hidden.dtype, head.dtype, logits.dtype) == "native":
+        return native.score_select(hidden, head, logits, weight, temperature, uniforms)
+    return reference.score_select(hidden.detach(), head.detach(), logits.detach(), weight, temperature, uniforms)
+
+
+def _fake(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    logits: torch.Tensor,
+    weight: float,
+    temperature: float,
+    uniforms: torch.Tensor | None,
+    impl: str,
+) -> Outputs:
+    dtype = reference.score_dtype(hidden, head, logits)
+    return (
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+        logits.new_empty(logits.shape, dtype=dtype),
+        logits.new_empty(logits.shape, dtype=dtype),
+    )
+
+
+score_select_op = register(
+    "score_select(Tensor hidden, Tensor head, Tensor logits, float weight, float temperature, Tensor? uniforms,"
+    " str impl) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
