@@ -38,7 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     try:
-        load_cases(arguments.op)
+        if not load_cases(arguments.op):
+            parser.error(f"ggro_kernels has no {' or '.join(arguments.op)} yet")
     except ValueError as error:
         parser.error(str(error))
     if arguments.base and (arguments.output or arguments.memory):

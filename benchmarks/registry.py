@@ -1,7 +1,7 @@
 """What the kernel benchmarks run: one registry of op x shape x dtype, each with its providers.
 
 A module of `benchmarks/ops` adds one op by being there: it defines `CASES`, a list of `Case`, and `SMALL`, one that
-takes no time, on which all providers are checked against ours and `--memory` warms up.
+takes no time, on which the tests compare all providers.
 """
 
 import importlib
@@ -35,8 +35,8 @@ class Provider:
     prepare: Callable[..., Inputs] = dict
     """What a caller has at hand before the op (a mask, a parameter): made from the inputs, outside the clock."""
     compiled: bool = False
-    same_result: bool = True
-    """False where it does only a part of the work, for comparison."""
+    part: bool = False
+    """Does a part of the work only: the times of the parts together are what the whole may take."""
     available: Callable[[], bool] = always
     """False where this machine lacks what it needs: a library, a compiler, a GPU."""
 

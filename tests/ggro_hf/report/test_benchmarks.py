@@ -5,7 +5,15 @@ import sys
 import pytest
 
 from ggro_hf.cli import main
-from ggro_hf.report.benchmarks import BenchmarkReport, BenchmarkRow, Ceiling, microseconds, share_of_ceiling, times
+from ggro_hf.report.benchmarks import (
+    BenchmarkReport,
+    BenchmarkRow,
+    Ceiling,
+    baseline_ratios,
+    microseconds,
+    share_of_ceiling,
+    times,
+)
 
 CEILINGS = [
     Ceiling(threads, 25.0 * threads, {"float32": 100.0 * threads, "bfloat16": 200.0 * threads}) for threads in (1, 2)
@@ -31,6 +39,7 @@ def row(op="entropy_topk", provider="ggro", threads=1, median=100.0, **changes):
         "bandwidth_percent": 4e3 / median,
         "gflop_per_s": 2e3 / median,
         "peak_extra_bytes": None,
+        "part": False,
         "shown": True,
     }
     return BenchmarkRow(**fields | changes)
@@ -68,6 +77,13 @@ def test_times_have_three_digits(value, text):
 
 def test_ratios_have_three_digits():
     assert [times(ratio) for ratio in (0.974, 12.84, 99.96, 655.9)] == ["0.97x", "12.8x", "100x", "656x"]
+
+
+def test_parts_count_together():
+    contest = [row(), row(provider="eager", median=300.0), row(provider="forward", median=80.0, part=True)]
+    contest.append(row(provider="op", median=15.0, part=True))
+    ratios = baseline_ratios({row.provider: row for row in contest})
+    assert ratios == pytest.approx({"eager": 3.0, "sum of parts": 0.95})
 
 
 def test_the_ceiling_is_the_one_that_binds():
