@@ -78,15 +78,15 @@ class Case:
         return [provider for provider in self.providers if provider.available()]
 
 
-def ours(op: str, **options: Any) -> Provider:
-    """The kernel of this project; not available in a version that does not have the op yet."""
-    function = getattr(ggro_kernels, op, None)
-    return Provider(OURS, function, available=lambda: function is not None, **options)
+def ours(op: str, wrap: Callable[[Any], Callable[..., Any]] | None = None) -> Provider:
+    """The kernel of this project, `wrap` around it; not available in a version that does not have the op yet."""
+    kernel = getattr(ggro_kernels, op, None)
+    return Provider(OURS, wrap(kernel) if wrap else kernel, available=lambda: kernel is not None)
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Provider:
+def compiled(function: Callable[..., Any]) -> Provider:
     """A function under torch.compile."""
-    return Provider("torch.compile", function, compiled=True, available=has_compiler, **options)
+    return Provider("torch.compile", function, compiled=True, available=has_compiler)
 
 
 def has_compiler() -> bool:

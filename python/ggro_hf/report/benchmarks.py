@@ -154,9 +154,10 @@ def format_report(report: BenchmarkReport) -> str:
 
 def _op_table(report: BenchmarkReport, contests: list[dict[str, BenchmarkRow]]) -> list[str]:
     baselines = list(dict.fromkeys(name for contest in contests for name in baseline_ratios(contest)))
-    with_memory = any(row.peak_extra_bytes is not None for contest in contests for row in contest.values())
+    rows = [row for contest in contests for row in contest.values()]
+    measured = list(dict.fromkeys(row.provider for row in rows if row.peak_extra_bytes is not None))
     header = ["case", "dtype", "threads", OURS, "p20 - p80", *baselines, "GB/s", "GFLOP/s", "of ceiling"]
-    table = [header + ["extra memory, in this order"] * with_memory]
+    table = [header + ["extra memory: " + " / ".join(measured)] * bool(measured)]
     for contest in contests:
         row = contest[OURS]
         cells = [row.case, row.dtype, str(row.threads), microseconds(row.median_us)]
@@ -165,7 +166,7 @@ def _op_table(report: BenchmarkReport, contests: list[dict[str, BenchmarkRow]]) 
         cells += [times(ratios[name]) if name in ratios else "" for name in baselines]
         cells += [f"{row.gb_per_s:.1f}", f"{row.gflop_per_s:.1f}", share_of_ceiling(row, report.ceiling(row.threads))]
         peaks = [other.peak_extra_bytes for other in contest.values()]
-        table.append([*cells, ", ".join(megabytes(peak) for peak in peaks if peak is not None)])
+        table.append([*cells, " / ".join(megabytes(peak) for peak in peaks if peak is not None)])
     widths = [max(len(line[column]) for line in table if column < len(line)) for column in range(len(header))]
     return ["  ".join(_aligned(line, [*widths, 0])).rstrip() for line in table]
 
