@@ -211,12 +211,15 @@ def test_timings_of_all_turns_come_together():
 
 
 def test_rows_carry_medians_ratios_and_bandwidth():
-    case = add_case()
+    half = Provider("half", torch.neg, part=True)
+    case = add_case((Provider(OURS, torch.add), Provider("other", torch.sub), half))
     ceiling = Ceiling(1, read_gb_per_s=24.0, matmul_gflop_per_s={"float32": 100.0})
     timings = {(case.name, 1, OURS): [1e-9, 2e-9, 3e-9], (case.name, 1, "other"): [5e-9, 8e-9, 6e-9]}
-    ours, other = report.case_rows(case, ceiling, timings, {(case.name, "other"): 7})
+    timings[case.name, 1, "half"] = [1e-9]
+    ours, other, part = report.case_rows(case, ceiling, timings, {(case.name, "other"): 7})
     assert (ours.median_us, other.median_us, other.ratio) == (2e-3, 6e-3, 3.0)
     assert (ours.gb_per_s, ours.bandwidth_percent, ours.gflop_per_s) == (12.0, 50.0, 1.0)
+    assert (part.ratio, part.gb_per_s, part.bandwidth_percent, part.gflop_per_s) == (0.5, None, None, None)
     assert (ours.peak_extra_bytes, other.peak_extra_bytes) == (None, 7)
     assert report.case_rows(case, replace(ceiling, threads=2), timings, {}) == []
 

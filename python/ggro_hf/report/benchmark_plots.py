@@ -118,6 +118,8 @@ def _roofline(rows: list[BenchmarkRow], ceiling: Ceiling, report: BenchmarkRepor
     panel.plot([low, ridge], [low * ceiling.read_gb_per_s, ridge * ceiling.read_gb_per_s], "k", lw=1.2, label=slope)
     for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
         for row in (row for row in rows if row.op == op):
+            if row.gflop_per_s is None:
+                continue
             mine = row.provider == OURS
             panel.plot(
                 row.flops / row.bytes,

@@ -41,10 +41,11 @@ class BenchmarkRow:
     bytes: int
     """Least traffic of the op, whatever the provider moves."""
     flops: int
-    gb_per_s: float
-    bandwidth_percent: float
+    gb_per_s: float | None
+    """None for a provider that does a part of the work only, as are the next two."""
+    bandwidth_percent: float | None
     """`gb_per_s` over the ceiling's; above 100 where the data fit a cache."""
-    gflop_per_s: float
+    gflop_per_s: float | None
     peak_extra_bytes: int | None
     """Growth of the process while the call runs, its result included; None where it was not measured."""
     part: bool

@@ -50,6 +50,7 @@ def report():
     rows = [row(threads=1), row(threads=1, provider="eager", median=1234.0)]
     rows += [row(threads=2), row(threads=2, provider="eager", median=97.0)]
     rows += [row("project_topk", flops=10**9), row("project_topk", provider="mm + topk", median=5000.0, flops=10**9)]
+    rows.append(row("project_topk", "half", median=40.0, part=True, gflop_per_s=None))
     return BenchmarkReport(
         machine={"kind": "cpu-test", "cpu": "A processor", "cores": 2, "isa": "avx2"},
         versions={"ggro": "0.1.0", "torch": "2.13.0", "triton": None, "python": "3.11"},
