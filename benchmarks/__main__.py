@@ -24,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
-    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="numbers of threads (1 2)")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="numbers of threads (1 2, --quick: 1)")
     parser.add_argument("--quick", action="store_true", help="one case per op, few rounds, no kernel tests")
     parser.add_argument(
         "--memory", action="store_true", help="also peak extra memory, each provider in a fresh process"
@@ -38,7 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     try:
-        load_cases(arguments.op)
+        if not load_cases(arguments.op):
+            parser.error(f"ggro_kernels has no {' or '.join(arguments.op)} yet")
     except ValueError as error:
         parser.error(str(error))
     if arguments.base and (arguments.output or arguments.memory):
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             gate.require_green_tests()
         settings = session.Settings(
             ops=arguments.op,
-            threads=arguments.threads,
+            threads=arguments.threads or ([1] if arguments.quick else None),
             rounds=QUICK_ROUNDS if arguments.quick else None,
             seconds=QUICK_SECONDS if arguments.quick else None,
             quick=arguments.quick,

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", nargs="+", type=int, default=default_threads(), help="numbers of threads")
     group.addoption("--rounds", type=int, default=30, help="most turns of a provider")
     group.addoption(
-        "--seconds", type=float, default=2.0, help="no new round of a case after so long, from the fifth on"
+        "--seconds", type=float, default=1.5, help="no new round of a case after so long, from the fifth on"
     )
     group.addoption("--quick", action="store_true", help="only the cases of --quick")
     group.addoption("--only-ours", action="store_true", help="no baselines, no ceilings")

@@ -8,6 +8,7 @@ from ggro_hf.report.benchmarks import (
     OURS,
     BenchmarkReport,
     BenchmarkRow,
+    baseline_ratios,
     by_contest,
     microseconds,
     share_of_ceiling,
@@ -59,7 +60,7 @@ def markdown(report: BenchmarkReport) -> str:
 
 def _cells(contest: dict[str, BenchmarkRow], report: BenchmarkReport) -> list[str]:
     row = contest[OURS]
-    others = [f"{name} {times(other.ratio)}" for name, other in contest.items() if other.ratio is not None]
+    others = [f"{name} {times(ratio)}" for name, ratio in baseline_ratios(contest).items()]
     return [microseconds(row.median_us), ", ".join(others), share_of_ceiling(row, report.ceiling(row.threads))]
 
 

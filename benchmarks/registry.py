@@ -1,7 +1,7 @@
 """What the kernel benchmarks run: one registry of op x shape x dtype, each with its providers.
 
 A module of `benchmarks/ops` adds one op by being there: it defines `CASES`, a list of `Case`, and `SMALL`, one that
-takes no time, on which all providers are checked against ours and `--memory` warms up.
+takes no time, on which the tests compare all providers.
 """
 
 import importlib
@@ -35,8 +35,8 @@ class Provider:
     prepare: Callable[..., Inputs] = dict
     """What a caller has at hand before the op (a mask, a parameter): made from the inputs, outside the clock."""
     compiled: bool = False
-    same_result: bool = True
-    """False where it does only a part of the work, for comparison."""
+    part: bool = False
+    """Does a part of the work only: the times of the parts together are what the whole may take."""
     available: Callable[[], bool] = always
     """False where this machine lacks what it needs: a library, a compiler, a GPU."""
 
@@ -78,15 +78,15 @@ class Case:
         return [provider for provider in self.providers if provider.available()]
 
 
-def ours(op: str, **options: Any) -> Provider:
-    """The kernel of this project; not available in a version that does not have the op yet."""
-    function = getattr(ggro_kernels, op, None)
-    return Provider(OURS, function, available=lambda: function is not None, **options)
+def ours(op: str, wrap: Callable[[Any], Callable[..., Any]] | None = None) -> Provider:
+    """The kernel of this project, `wrap` around it; not available in a version that does not have the op yet."""
+    kernel = getattr(ggro_kernels, op, None)
+    return Provider(OURS, wrap(kernel) if wrap else kernel, available=lambda: kernel is not None)
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Provider:
+def compiled(function: Callable[..., Any]) -> Provider:
     """A function under torch.compile."""
-    return Provider("torch.compile", function, compiled=True, available=has_compiler, **options)
+    return Provider("torch.compile", function, compiled=True, available=has_compiler)
 
 
 def has_compiler() -> bool:

@@ -88,10 +88,11 @@ def case_rows(case: Case, ceiling: Ceiling, timings: Timings, peaks: Peaks) -> l
             ratio=None if provider.name == OURS else _rounded(median / numpy.median(ours)),
             bytes=case.bytes,
             flops=case.flops,
-            gb_per_s=_rounded(gb_per_s),
-            bandwidth_percent=_rounded(100 * gb_per_s / ceiling.read_gb_per_s),
-            gflop_per_s=_rounded(case.flops / median / 1e9),
+            gb_per_s=None if provider.part else _rounded(gb_per_s),
+            bandwidth_percent=None if provider.part else _rounded(100 * gb_per_s / ceiling.read_gb_per_s),
+            gflop_per_s=None if provider.part else _rounded(case.flops / median / 1e9),
             peak_extra_bytes=peaks.get((case.name, provider.name)),
+            part=provider.part,
             shown=case.shown,
         )
         rows.append(row)
@@ -102,7 +103,7 @@ def write(report: BenchmarkReport, directory: Path) -> None:
     """`kernels.json` and `kernels.csv`, a row per case, number of threads and provider."""
     directory.mkdir(parents=True, exist_ok=True)
     report.save(directory / "kernels.json")
-    columns = [name for name in BenchmarkRow.__dataclass_fields__ if name != "shown"]
+    columns = [name for name in BenchmarkRow.__dataclass_fields__ if name not in ("part", "shown")]
     origin = {**report.machine, **report.versions, "commit": report.commit}
     with (directory / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

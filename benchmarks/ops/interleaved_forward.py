@@ -68,8 +68,8 @@ def case(width: int, layers: int, vocabulary: int, tokens: int, **flags: Any) ->
         providers=(
             Provider(OURS, forward_and_ours),
             Provider("forward + eager", forward_and_eager),
-            Provider("forward alone", forward_alone, same_result=False),
-            Provider("entropy_topk alone", ours_alone, prepare=its_logits, same_result=False),
+            Provider("forward alone", forward_alone, part=True),
+            Provider("entropy_topk alone", ours_alone, prepare=its_logits, part=True),
         ),
         **flags,
     )

@@ -48,9 +48,9 @@ SMALL = case(3, 64, 1000, torch.float32)
 
 CASES = [
     case(1, 512, 32000, torch.float32, quick=True),
-    case(1, 1024, 128256, torch.float32, shown=True, memory=True),
+    case(1, 1024, 128256, torch.float32, shown=True),
     case(16, 1024, 128256, torch.float32, shown=True, memory=True),
     case(64, 512, 32000, torch.float32),
-    case(1, 2048, 128256, torch.bfloat16, shown=True, memory=True),
+    case(1, 2048, 128256, torch.bfloat16, shown=True),
     case(16, 2048, 128256, torch.bfloat16, memory=True),
 ]

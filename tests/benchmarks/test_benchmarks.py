@@ -63,7 +63,7 @@ def test_all_providers_compute_the_same(op, keep_threads):
     expected = tensors(next(provider for provider in case.providers if provider.name == OURS).bind(inputs)())
     for provider in case.providers:
         # Compilation takes seconds, and its result is torch's affair.
-        if provider.same_result and not provider.compiled:
+        if not provider.part and not provider.compiled:
             actual = tensors(provider.bind(inputs)())
             assert len(actual) == len(expected)
             for one, other in zip(actual, expected, strict=True):
@@ -211,12 +211,15 @@ def test_timings_of_all_turns_come_together():
 
 
 def test_rows_carry_medians_ratios_and_bandwidth():
-    case = add_case()
+    half = Provider("half", torch.neg, part=True)
+    case = add_case((Provider(OURS, torch.add), Provider("other", torch.sub), half))
     ceiling = Ceiling(1, read_gb_per_s=24.0, matmul_gflop_per_s={"float32": 100.0})
     timings = {(case.name, 1, OURS): [1e-9, 2e-9, 3e-9], (case.name, 1, "other"): [5e-9, 8e-9, 6e-9]}
-    ours, other = report.case_rows(case, ceiling, timings, {(case.name, "other"): 7})
+    timings[case.name, 1, "half"] = [1e-9]
+    ours, other, part = report.case_rows(case, ceiling, timings, {(case.name, "other"): 7})
     assert (ours.median_us, other.median_us, other.ratio) == (2e-3, 6e-3, 3.0)
     assert (ours.gb_per_s, ours.bandwidth_percent, ours.gflop_per_s) == (12.0, 50.0, 1.0)
+    assert (part.ratio, part.gb_per_s, part.bandwidth_percent, part.gflop_per_s) == (0.5, None, None, None)
     assert (ours.peak_extra_bytes, other.peak_extra_bytes) == (None, 7)
     assert report.case_rows(case, replace(ceiling, threads=2), timings, {}) == []
 
@@ -240,12 +243,10 @@ def test_memory_sees_what_a_call_needs_and_nothing_more():
 
     copying = Provider("copying", lambda input: (input + 1).sum())
     reading = Provider("reading", torch.sum)
-    small = add_case((copying, reading))
-    small = replace(small, inputs=lambda: {"input": torch.ones(2)})
-    case = replace(small, inputs=inputs)
+    case = replace(add_case((copying, reading)), inputs=inputs)
     # Growth is that of the whole process: other tests' threads may add a little.
-    assert memory.measure_growth(case, small, "copying") == pytest.approx(4 * size, rel=0.1)
-    assert memory.measure_growth(case, small, "reading") < 0.1 * 4 * size
+    assert memory.measure_growth(case, "copying") == pytest.approx(4 * size, rel=0.1)
+    assert memory.measure_growth(case, "reading") < 0.1 * 4 * size
 
 
 # The comparison with another commit

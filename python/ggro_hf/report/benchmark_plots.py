@@ -4,9 +4,18 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ggro_hf.report.benchmarks import OURS, BenchmarkReport, BenchmarkRow, Ceiling, by_contest, microseconds, times
+from ggro_hf.report.benchmarks import (
+    OURS,
+    BenchmarkReport,
+    BenchmarkRow,
+    Ceiling,
+    baseline_ratios,
+    by_contest,
+    microseconds,
+    times,
+)
 
 _DPI = 150
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333", "#7B61C4", "#A0A000")
@@ -35,30 +44,27 @@ def draw(report: BenchmarkReport, directory: Path) -> list[Path]:
 def _speedups(op: str, contests: list[dict[str, BenchmarkRow]], report: BenchmarkReport) -> Figure:
     """A panel per number of threads, a group of bars per case, a bar per baseline."""
     threads = sorted({contest[OURS].threads for contest in contests})
-    baselines = list(dict.fromkeys(name for contest in contests for name in contest if name != OURS))
+    baselines = list(dict.fromkeys(name for contest in contests for name in baseline_ratios(contest)))
     cases = list(dict.fromkeys((contest[OURS].case, contest[OURS].dtype) for contest in contests))
     height = 0.8 / len(baselines)
     rows = len(cases) * max(len(baselines), 1.5)
     figure = Figure(figsize=(4 + 4 * len(threads), 1.9 + 0.24 * rows), layout="constrained")
     figure.suptitle(f"{op}: how many times faster than its baselines\n{_origin(report)}", fontsize=11)
+    ratios = [ratio for contest in contests for ratio in baseline_ratios(contest).values()]
     panels = figure.subplots(1, len(threads), sharey=True, squeeze=False)[0]
     for panel, count in zip(panels, threads, strict=True):
-        largest = 1.0
         for contest in (contest for contest in contests if contest[OURS].threads == count):
-            row = contest[OURS]
-            position = cases.index((row.case, row.dtype))
-            for index, name in enumerate(baselines):
-                ratio = contest[name].ratio if name in contest else None
-                if ratio is None:
-                    continue
+            position = cases.index((contest[OURS].case, contest[OURS].dtype))
+            for name, ratio in baseline_ratios(contest).items():
+                index = baselines.index(name)
                 y = position + (index - (len(baselines) - 1) / 2) * height
-                panel.barh(y, ratio, 0.9 * height, color=_COLORS[index], label=name)
+                # From 1, on a scale where twice as fast and half as fast are bars of one length.
+                panel.barh(y, ratio - 1, 0.9 * height, left=1, color=_COLORS[index], label=name)
                 panel.annotate(
                     times(ratio), (max(ratio, 1.0), y), (3, 0), textcoords="offset points", va="center", fontsize=8
                 )
-                largest = max(largest, ratio)
         panel.axvline(1, color="black", linewidth=1)
-        _log_if_wide(panel, largest)
+        _scale(panel, ratios)
         panel.set_title(_threads(count), fontsize=10)
         panel.set_xlabel("time of the baseline / time of ggro", fontsize=9)
         panel.tick_params(labelsize=8)
@@ -77,12 +83,15 @@ def _speedups(op: str, contests: list[dict[str, BenchmarkRow]], report: Benchmar
     return figure
 
 
-def _log_if_wide(panel: Axes, largest: float) -> None:
-    if largest > 30:
-        panel.set_xscale("log")
-        panel.set_xlim(0.3, 4 * largest)
-    else:
-        panel.set_xlim(0, 1.2 * largest)
+def _scale(panel: Axes, ratios: list[float]) -> None:
+    """One logarithmic scale for all panels, with ticks at 1, 2, 5, 10 and so on; of a wide range, at powers of ten."""
+    low, high = min(0.8, 0.8 * min(ratios)), 1.3 * max(*ratios, 2.0)
+    # Room for the number beside the longest bar.
+    high *= (high / low) ** 0.12
+    panel.set_xscale("log")
+    panel.set_xlim(low, high)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
 
 
@@ -105,17 +114,12 @@ def _roofline(rows: list[BenchmarkRow], ceiling: Ceiling, report: BenchmarkRepor
             fontsize=8,
         )
     ridge = max(ceiling.matmul_gflop_per_s.values()) / ceiling.read_gb_per_s
-    panel.plot([low, ridge], [low * ceiling.read_gb_per_s, ridge * ceiling.read_gb_per_s], color="black", linewidth=1.2)
-    panel.annotate(
-        f"read {ceiling.read_gb_per_s:.1f} GB/s",
-        (low**0.6 * ridge**0.4, low**0.6 * ridge**0.4 * ceiling.read_gb_per_s),
-        (-4, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-    )
+    slope = f"read {ceiling.read_gb_per_s:.1f} GB/s"
+    panel.plot([low, ridge], [low * ceiling.read_gb_per_s, ridge * ceiling.read_gb_per_s], "k", lw=1.2, label=slope)
     for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
         for row in (row for row in rows if row.op == op):
+            if row.gflop_per_s is None:
+                continue
             mine = row.provider == OURS
             panel.plot(
                 row.flops / row.bytes,

@@ -1,7 +1,7 @@
 """Results of the kernel benchmarks: the file they are kept in, and a table of them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -41,12 +41,15 @@ class BenchmarkRow:
     bytes: int
     """Least traffic of the op, whatever the provider moves."""
     flops: int
-    gb_per_s: float
-    bandwidth_percent: float
+    gb_per_s: float | None
+    """None for a provider that does a part of the work only, as are the next two."""
+    bandwidth_percent: float | None
     """`gb_per_s` over the ceiling's; above 100 where the data fit a cache."""
-    gflop_per_s: float
+    gflop_per_s: float | None
     peak_extra_bytes: int | None
     """Growth of the process while the call runs, its result included; None where it was not measured."""
+    part: bool
+    """The provider does a part of the work only."""
     shown: bool
     """Part of README's table."""
 
@@ -103,6 +106,13 @@ def by_contest(rows: Iterable[BenchmarkRow]) -> list[dict[str, BenchmarkRow]]:
     return list(contests.values())
 
 
+def baseline_ratios(contest: Mapping[str, BenchmarkRow]) -> dict[str, float]:
+    """How many times as long as our kernel each baseline takes; parts of the work count together, as one baseline."""
+    ratios = {name: row.ratio for name, row in contest.items() if row.ratio is not None and not row.part}
+    parts = [row.ratio for row in contest.values() if row.ratio is not None and row.part]
+    return ratios | ({"sum of parts": sum(parts)} if parts else {})
+
+
 def microseconds(value: float) -> str:
     """`51 us`, `2.46 ms`, `1.20 s`: three digits."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
@@ -144,19 +154,20 @@ def format_report(report: BenchmarkReport) -> str:
 
 
 def _op_table(report: BenchmarkReport, contests: list[dict[str, BenchmarkRow]]) -> list[str]:
-    baselines = list(dict.fromkeys(name for contest in contests for name in contest if name != OURS))
-    with_memory = any(row.peak_extra_bytes is not None for contest in contests for row in contest.values())
+    baselines = list(dict.fromkeys(name for contest in contests for name in baseline_ratios(contest)))
+    rows = [row for contest in contests for row in contest.values()]
+    measured = list(dict.fromkeys(row.provider for row in rows if row.peak_extra_bytes is not None))
     header = ["case", "dtype", "threads", OURS, "p20 - p80", *baselines, "GB/s", "GFLOP/s", "of ceiling"]
-    table = [header + ["extra memory, in this order"] * with_memory]
+    table = [header + ["extra memory: " + " / ".join(measured)] * bool(measured)]
     for contest in contests:
         row = contest[OURS]
         cells = [row.case, row.dtype, str(row.threads), microseconds(row.median_us)]
         cells.append(f"{microseconds(row.p20_us)} - {microseconds(row.p80_us)}")
-        ratios = [contest[name].ratio if name in contest else None for name in baselines]
-        cells += ["" if ratio is None else times(ratio) for ratio in ratios]
+        ratios = baseline_ratios(contest)
+        cells += [times(ratios[name]) if name in ratios else "" for name in baselines]
         cells += [f"{row.gb_per_s:.1f}", f"{row.gflop_per_s:.1f}", share_of_ceiling(row, report.ceiling(row.threads))]
         peaks = [other.peak_extra_bytes for other in contest.values()]
-        table.append([*cells, ", ".join(megabytes(peak) for peak in peaks if peak is not None)])
+        table.append([*cells, " / ".join(megabytes(peak) for peak in peaks if peak is not None)])
     widths = [max(len(line[column]) for line in table if column < len(line)) for column in range(len(header))]
     return ["  ".join(_aligned(line, [*widths, 0])).rstrip() for line in table]
 

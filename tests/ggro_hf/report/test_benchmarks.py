@@ -5,7 +5,15 @@ import sys
 import pytest
 
 from ggro_hf.cli import main
-from ggro_hf.report.benchmarks import BenchmarkReport, BenchmarkRow, Ceiling, microseconds, share_of_ceiling, times
+from ggro_hf.report.benchmarks import (
+    BenchmarkReport,
+    BenchmarkRow,
+    Ceiling,
+    baseline_ratios,
+    microseconds,
+    share_of_ceiling,
+    times,
+)
 
 CEILINGS = [
     Ceiling(threads, 25.0 * threads, {"float32": 100.0 * threads, "bfloat16": 200.0 * threads}) for threads in (1, 2)
@@ -31,6 +39,7 @@ def row(op="entropy_topk", provider="ggro", threads=1, median=100.0, **changes):
         "bandwidth_percent": 4e3 / median,
         "gflop_per_s": 2e3 / median,
         "peak_extra_bytes": None,
+        "part": False,
         "shown": True,
     }
     return BenchmarkRow(**fields | changes)
@@ -41,6 +50,7 @@ def report():
     rows = [row(threads=1), row(threads=1, provider="eager", median=1234.0)]
     rows += [row(threads=2), row(threads=2, provider="eager", median=97.0)]
     rows += [row("project_topk", flops=10**9), row("project_topk", provider="mm + topk", median=5000.0, flops=10**9)]
+    rows.append(row("project_topk", "half", median=40.0, part=True, gflop_per_s=None))
     return BenchmarkReport(
         machine={"kind": "cpu-test", "cpu": "A processor", "cores": 2, "isa": "avx2"},
         versions={"ggro": "0.1.0", "torch": "2.13.0", "triton": None, "python": "3.11"},
@@ -70,6 +80,13 @@ def test_ratios_have_three_digits():
     assert [times(ratio) for ratio in (0.974, 12.84, 99.96, 655.9)] == ["0.97x", "12.8x", "100x", "656x"]
 
 
+def test_parts_count_together():
+    contest = [row(), row(provider="eager", median=300.0), row(provider="forward", median=80.0, part=True)]
+    contest.append(row(provider="op", median=15.0, part=True))
+    ratios = baseline_ratios({row.provider: row for row in contest})
+    assert ratios == pytest.approx({"eager": 3.0, "sum of parts": 0.95})
+
+
 def test_the_ceiling_is_the_one_that_binds():
     # 1 MB at 25 GB/s are 40 us; 1 GFLOP at 100 GFLOP/s are 10 ms, in bf16 half of that.
     assert share_of_ceiling(row(median=80.0), CEILINGS[0]) == "50 %"
@@ -90,7 +107,8 @@ def test_bench_shows_memory_where_it_was_measured(report, results, capsys):
     rows = [row(peak_extra_bytes=400_000), row(provider="eager", median=500.0, peak_extra_bytes=131_000_000)]
     BenchmarkReport(report.machine, report.versions, report.commit, CEILINGS, rows).save(results)
     assert main(["bench", str(results)]) == 0
-    assert "0.4 MB, 131 MB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "extra memory: ggro / eager" in printed and "0.4 MB / 131 MB" in printed
 
 
 def test_bench_draws_speedups_and_rooflines(results, tmp_path):
