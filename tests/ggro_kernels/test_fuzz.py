@@ -1,0 +1,99 @@
+"""Every op on random shapes, layouts and values: each instruction set against the reference in fp64.
+
+The examples are the same in every run; `--hypothesis-profile=deep` draws new ones, many more of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ggro_kernels import candidate_scores, entropy_topk
+from ggro_kernels.testing import assert_exact_selection, assert_within_budget
+from tests.ggro_kernels import strategies
+from tests.ggro_kernels.test_registration import assert_bitwise_equal
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def on_threads(threads: int, call: Callable[[], Any]) -> Any:
+    try:
+        torch.set_num_threads(threads)
+        return call()
+    finally:
+        torch.set_num_threads(1)
+
+
+def assert_rows_within_budget(
+    actual: torch.Tensor, same_precision: torch.Tensor, oracle: torch.Tensor, scale: torch.Tensor | float, what: str
+) -> None:
+    """`assert_within_budget` row by row, so that a large row does not excuse a small one."""
+    scales = torch.as_tensor(scale, dtype=torch.float64).nan_to_num(nan=1.0, posinf=1.0).expand(len(actual))
+    for row in range(len(actual)):
+        assert_within_budget(
+            actual[row], same_precision[row], oracle[row], scale=scales[row].item(), what=f"{what}, row {row}"
+        )
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_entropy_topk(native_impl: str, data: st.DataObject, threads: int) -> None:
+    rows, vocab = data.draw(st.integers(0, 4)), data.draw(strategies.sizes(300, 2047, 2048, 2049, 4161, 9001))
+    temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
+    # The logsumexp of larger ones would overflow in fp32 only.
+    largest = torch.inf if temperature >= 1 else 1e36
+    logits = data.draw(strategies.tensors((rows, vocab), largest=largest))
+    k = data.draw(st.integers(1, min(256, vocab)))
+
+    def run() -> Any:
+        return entropy_topk(logits, k, temperature=temperature, impl=native_impl)
+
+    result = run()
+    assert_bitwise_equal(on_threads(threads, run), result)
+    assert_exact_selection(result.values, result.indices, logits)
+    same_precision, oracle = (
+        entropy_topk(logits.to(dtype), k, temperature=temperature, impl="reference")
+        for dtype in (torch.float32, torch.float64)
+    )
+    for statistic in ("entropy", "logsumexp"):
+        compared = (getattr(x, statistic) for x in (result, same_precision, oracle))
+        assert_rows_within_budget(*compared, scale=1.0, what=statistic)
+
+
+@settings(max_examples=8)
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_entropy_topk_shared_between_threads(native_impl: str, data: st.DataObject, threads: int) -> None:
+    shape = data.draw(st.integers(1, 5)), data.draw(st.integers(30_000, 90_000))
+    logits, k = data.draw(strategies.tensors(shape)), data.draw(st.integers(1, 256))
+    alone = entropy_topk(logits, k, impl=native_impl)
+    assert_exact_selection(alone.values, alone.indices, logits)
+    assert_bitwise_equal(on_threads(threads, lambda: entropy_topk(logits, k, impl=native_impl)), alone)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -> None:
+    positions, candidates = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 30))
+    vocab, width = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.just(0), strategies.sizes(300, 1024, 2049)))
+    exact = data.draw(st.booleans())
+    # Larger numbers would overflow in fp32 only.
+    tensors = strategies.integer_valued if exact else lambda shape: strategies.tensors(shape, largest=1e15)
+    gradient, table = data.draw(tensors((positions, width))), data.draw(tensors((vocab, width)))
+    ids = data.draw(strategies.ids((positions, candidates), vocab))
+
+    def run() -> Any:
+        return candidate_scores(gradient, table, ids, impl=native_impl)
+
+    scores = run()
+    assert_bitwise_equal(on_threads(threads, run), scores)
+    same_precision, oracle = (
+        candidate_scores(gradient.to(dtype), table.to(dtype), ids, impl="reference")
+        for dtype in (torch.float32, torch.float64)
+    )
+    if exact:
+        assert torch.equal(scores.double(), oracle)
+        return
+    magnitudes = candidate_scores(gradient.double().abs(), table.double().abs(), ids, impl="reference")
+    scale = magnitudes.nan_to_num(nan=0.0, posinf=0.0).sum(1)
+    assert_rows_within_budget(scores, same_precision, oracle, scale=scale, what="scores")
