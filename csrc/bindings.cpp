@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <utility>
+
 #include "ggro/isa.h"
 #include "ggro/ops.h"
 
@@ -27,9 +30,29 @@ struct Wire<ggro::DType> {
   static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
 };
 
+// Stands for a field of any type where fields are counted.
+struct AnyField {
+  template <typename T>
+  operator T() const;
+};
+
+template <typename>
+using ForEach = AnyField;
+
+template <typename Args, typename... Fields>
+constexpr auto has_room_for(int) -> decltype(Args{std::declval<Fields>()...}, true) {
+  return true;
+}
+template <typename Args, typename... Fields>
+constexpr bool has_room_for(long) {
+  return false;
+}
+
 // Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
 template <typename Args, typename... Fields>
 void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Args::*... fields) {
+  static_assert(has_room_for<Args, ForEach<Fields>...>(0) && !has_room_for<Args, ForEach<Fields>..., AnyField>(0),
+                "name every field of the argument struct once");
   m.def(
       name,
       [=](typename Wire<Fields>::Type... values) {

@@ -23,8 +23,8 @@ def sizes(largest: int, *more: int) -> st.SearchStrategy[int]:
 def layouts(draw: Any, x: torch.Tensor) -> torch.Tensor:
     """`x` anywhere in memory: any order of dimensions, gaps, steps, an offset; the last element may end the storage.
 
-    What lies between the elements is NaN (integers: a huge negative number), so that reading it does not go unnoticed.
-    One dimension may be expanded, which repeats its first slice.
+    What lies between the elements is NaN (integers: a huge negative number; bool: true), so that reading it does not
+    go unnoticed. One dimension may be expanded, which repeats its first slice.
     """
     if x.numel() and draw(st.integers(0, 5)) == 5:
         dim = draw(st.integers(0, x.dim() - 1))
@@ -36,7 +36,7 @@ def layouts(draw: Any, x: torch.Tensor) -> torch.Tensor:
     steps = [draw(st.sampled_from((1, 1, 2))) for _ in order]
     spans = [gap + max(0, (x.shape[dim] - 1) * step + 1) for dim, gap, step in zip(order, gaps, steps, strict=True)]
     offset = draw(st.integers(0, 3))
-    poison = torch.nan if x.is_floating_point() else INTEGER_POISON
+    poison = torch.nan if x.is_floating_point() else x.dtype == torch.bool or INTEGER_POISON
     storage = torch.full((offset + torch.Size(spans).numel(),), poison, dtype=x.dtype)
     parts = tuple(slice(gap, None, step) for gap, step in zip(gaps, steps, strict=True))
     view = storage[offset:].view(spans)[parts].permute([order.index(dim) for dim in range(x.dim())])
@@ -87,3 +87,11 @@ def ids(draw: Any, shape: tuple[int, ...], vocab: int) -> torch.Tensor:
     """int64 in 0 .. vocab - 1 in one of `layouts`."""
     generator = torch.Generator().manual_seed(draw(seeds))
     return draw(layouts(torch.randint(vocab, shape, generator=generator)))
+
+
+@st.composite
+def masks(draw: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """bool, true for none, some, most or all elements, in one of `layouts`."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    share = draw(st.sampled_from((0.0, 0.1, 0.9, 1.0)))
+    return draw(layouts(torch.rand(shape, generator=generator) < share))

@@ -4,6 +4,7 @@ The examples are the same in every run; `--hypothesis-profile=deep` draws new on
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggro_kernels import candidate_scores, entropy_topk
+from ggro_kernels import candidate_scores, entropy_topk, lm_head_entropy_topk, project_topk
 from ggro_kernels.testing import assert_exact_selection, assert_within_budget
 from tests.ggro_kernels import strategies
+from tests.ggro_kernels import test_lm_head_entropy_topk as lm_head_tests
+from tests.ggro_kernels import test_project_topk as project_topk_tests
 from tests.ggro_kernels.test_registration import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -78,7 +81,7 @@ def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -
     vocab, width = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.just(0), strategies.sizes(300, 1024, 2049)))
     exact = data.draw(st.booleans())
     # Larger numbers would overflow in fp32 only.
-    tensors = strategies.integer_valued if exact else lambda shape: strategies.tensors(shape, largest=1e15)
+    tensors = strategies.integer_valued if exact else partial(strategies.tensors, largest=1e15)
     gradient, table = data.draw(tensors((positions, width))), data.draw(tensors((vocab, width)))
     ids = data.draw(strategies.ids((positions, candidates), vocab))
 
@@ -97,3 +100,40 @@ def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -
     magnitudes = candidate_scores(gradient.double().abs(), table.double().abs(), ids, impl="reference")
     scale = magnitudes.nan_to_num(nan=0.0, posinf=0.0).sum(1)
     assert_rows_within_budget(scores, same_precision, oracle, scale=scale, what="scores")
+
+
+@st.composite
+def projections(draw: Any) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, torch.Tensor], bool]:
+    """Rows, a table, k, a bias or none, and whether all products are exact in fp32."""
+    rows, vocab = draw(st.one_of(st.integers(0, 5), st.integers(6, 40))), draw(strategies.sizes(300, 513, 1031))
+    width = draw(st.one_of(st.just(0), strategies.sizes(100, 257, 1031)))
+    exact = draw(st.booleans())
+    # Larger numbers would overflow in fp32 only.
+    tensors = strategies.integer_valued if exact else partial(strategies.tensors, largest=1e15)
+    left, right = draw(tensors((rows, width))), draw(tensors((vocab, width)))
+    bias = {"bias": draw(tensors((vocab,)))} if draw(st.booleans()) else {}
+    return left, right, draw(st.integers(1, min(256, vocab))), bias, exact
+
+
+@given(data=st.data(), arguments=projections(), threads=strategies.thread_counts)
+def test_project_topk(native_impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
+    gradient, table, k, options, exact = arguments
+    if data.draw(st.booleans()):
+        options = {**options, "forbidden": data.draw(strategies.masks((len(table),)))}
+    check = project_topk_tests.check_exactly if exact else project_topk_tests.check
+    result = check(gradient, table, k, native_impl, **options)
+    again = on_threads(threads, lambda: project_topk(gradient, table, k, impl=native_impl, **options))
+    assert_bitwise_equal(again, result)
+
+
+@given(data=st.data(), arguments=projections(), threads=strategies.thread_counts)
+def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
+    hidden, weight, k, options, exact = arguments
+    options = {**options, "softcap": data.draw(st.sampled_from((None, None, 0.5, 30.0)))}
+    if exact and options["softcap"] is None:
+        result = lm_head_tests.check_exactly(hidden, weight, k, native_impl, **options)
+    else:
+        options["temperature"] = data.draw(st.sampled_from((1.0, 0.7, 100.0)))
+        result = lm_head_tests.check(hidden, weight, k, native_impl, **options)
+    again = on_threads(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=native_impl, **options))
+    assert_bitwise_equal(again, result)
