@@ -61,9 +61,11 @@ def test_entropy_topk(native_impl: str, data: st.DataObject, threads: int) -> No
         entropy_topk(logits.to(dtype), k, temperature=temperature, impl="reference")
         for dtype in (torch.float32, torch.float64)
     )
+    # An exponential may err by 2e-7, alike for equal logits, which a row may hold nothing else than.
+    scale = 4 * oracle.entropy.clamp(min=1)
     for statistic in ("entropy", "logsumexp"):
         compared = (getattr(x, statistic) for x in (result, same_precision, oracle))
-        assert_rows_within_budget(*compared, scale=1.0, what=statistic)
+        assert_rows_within_budget(*compared, scale=scale, what=statistic)
 
 
 @settings(max_examples=8)
