@@ -6,10 +6,17 @@ AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp $(w
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asan check-aarch64 lint format bench readme-table clean
+.PHONY: help build demo test test-asan check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# Does what .venv/installed did with the changed sources, but only for those.
+build:  ## rebuild the extension in place after a change of csrc
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/ggro_kernels" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/dev
 
 demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
 	$(BIN)/ggro demo

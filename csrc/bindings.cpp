@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <utility>
+
 #include "ggro/isa.h"
 #include "ggro/ops.h"
 
@@ -27,10 +30,29 @@ struct Wire<ggro::DType> {
   static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
 };
 
-// Defines a function that takes the fields in this order, some of which may be those of a base of the arguments.
-// Tensors, their checks and their allocation belong to Python.
-template <typename Args, typename... Owners, typename... Fields>
-void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Owners::*... fields) {
+// Stands for a field of any type where fields are counted.
+struct AnyField {
+  template <typename T>
+  operator T() const;
+};
+
+template <typename>
+using ForEach = AnyField;
+
+template <typename Args, typename... Fields>
+constexpr auto has_room_for(int) -> decltype(Args{std::declval<Fields>()...}, true) {
+  return true;
+}
+template <typename Args, typename... Fields>
+constexpr bool has_room_for(long) {
+  return false;
+}
+
+// Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
+template <typename Args, typename... Fields>
+void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Args::*... fields) {
+  static_assert(has_room_for<Args, ForEach<Fields>...>(0) && !has_room_for<Args, ForEach<Fields>..., AnyField>(0),
+                "name every field of the argument struct once");
   m.def(
       name,
       [=](typename Wire<Fields>::Type... values) {
@@ -98,18 +120,12 @@ PYBIND11_MODULE(_native, m) {
            &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype, &A::uniforms, &A::rows,
            &A::candidates, &A::width, &A::weight, &A::temperature, &A::index, &A::reward, &A::score, &A::num_threads);
   }
-  {
+  for (const auto& [name, op] : {std::pair("weighted_bt_loss", ggro::weighted_bt_loss),
+                                 std::pair("weighted_bt_loss_backward", ggro::weighted_bt_loss_backward)}) {
     using A = ggro::WeightedBTLossArgs;
-    define(m, "weighted_bt_loss", ggro::weighted_bt_loss, &A::chosen_rewards, &A::chosen_length, &A::chosen_stride,
-           &A::rejected_rewards, &A::rejected_length, &A::rejected_stride, &A::dtype, &A::chosen_positions,
-           &A::rejected_positions, &A::weights, &A::weights_dtype, &A::rows, &A::pairs, &A::mean, &A::num_threads,
-           &A::loss);
-  }
-  {
-    using A = ggro::WeightedBTLossBackwardArgs;
-    define(m, "weighted_bt_loss_backward", ggro::weighted_bt_loss_backward, &A::chosen_rewards, &A::chosen_length,
-           &A::chosen_stride, &A::rejected_rewards, &A::rejected_length, &A::rejected_stride, &A::dtype,
-           &A::chosen_positions, &A::rejected_positions, &A::weights, &A::weights_dtype, &A::rows, &A::pairs, &A::mean,
-           &A::num_threads, &A::loss_gradient, &A::chosen_gradient, &A::rejected_gradient);
+    define(m, name, op, &A::chosen_rewards, &A::chosen_length, &A::chosen_stride, &A::rejected_rewards,
+           &A::rejected_length, &A::rejected_stride, &A::dtype, &A::chosen_positions, &A::rejected_positions,
+           &A::weights, &A::weights_dtype, &A::rows, &A::pairs, &A::mean, &A::loss, &A::loss_gradient,
+           &A::chosen_gradient, &A::rejected_gradient, &A::num_threads);
   }
 }

@@ -4,6 +4,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Forcing an instruction set for all examples of a test is what the function-scoped fixtures are for.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("deep", settings.get_profile("fixed"), derandomize=False, max_examples=2000)
+settings.load_profile("fixed")
 
 INTEGER_POISON = -(2**62)
 

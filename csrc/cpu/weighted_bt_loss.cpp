@@ -15,15 +15,17 @@ namespace {
 // Fewer pairs than this per thread cost less than waking the thread.
 constexpr int64_t kMinPairsPerThread = 4096;
 
-double weight_of(const WeightedPairs& args, int64_t pair) { return to_float(args.weights, args.weights_dtype, pair); }
+double weight_of(const WeightedBTLossArgs& args, int64_t pair) {
+  return to_float(args.weights, args.weights_dtype, pair);
+}
 
-int thread_count(const WeightedPairs& args) {
+int thread_count(const WeightedBTLossArgs& args) {
   return static_cast<int>(std::max<int64_t>(
       1, std::min({static_cast<int64_t>(args.num_threads), args.rows, args.rows * args.pairs / kMinPairsPerThread})));
 }
 
 // What every pair is multiplied by, after a check of all positions.
-double scale_of(const WeightedPairs& args) {
+double scale_of(const WeightedBTLossArgs& args) {
   int64_t count = 0;
   for (int64_t i = 0; i < args.rows * args.pairs; ++i) {
     if (weight_of(args, i) == 0.0) continue;
@@ -42,7 +44,7 @@ double scale_of(const WeightedPairs& args) {
   return args.mean && count > 0 ? 1.0 / static_cast<double>(count) : 1.0;
 }
 
-double margin_of(const WeightedPairs& args, int64_t row, int64_t pair) {
+double margin_of(const WeightedBTLossArgs& args, int64_t row, int64_t pair) {
   const int64_t chosen = row * args.chosen_stride + args.chosen_positions[pair];
   const int64_t rejected = row * args.rejected_stride + args.rejected_positions[pair];
   return static_cast<double>(to_float(args.chosen_rewards, args.dtype, chosen)) -
@@ -69,8 +71,7 @@ void write(const double* gradient, int64_t length, T* out) {
 }
 
 template <typename T>
-void row_gradients(const WeightedBTLossBackwardArgs& args, int64_t row, double scale, double* chosen,
-                   double* rejected) {
+void row_gradients(const WeightedBTLossArgs& args, int64_t row, double scale, double* chosen, double* rejected) {
   std::fill(chosen, chosen + args.chosen_length, 0.0);
   std::fill(rejected, rejected + args.rejected_length, 0.0);
   for (int64_t i = row * args.pairs; i < (row + 1) * args.pairs; ++i) {
@@ -85,7 +86,7 @@ void row_gradients(const WeightedBTLossBackwardArgs& args, int64_t row, double s
 }
 
 template <typename T>
-void run_backward(const WeightedBTLossBackwardArgs& args) {
+void run_backward(const WeightedBTLossArgs& args) {
   const double scale = scale_of(args) * *args.loss_gradient;
   const int threads = thread_count(args);
   const int64_t length = args.chosen_length + args.rejected_length;
@@ -118,7 +119,7 @@ void weighted_bt_loss(const WeightedBTLossArgs& args) {
   *args.loss = static_cast<float>(scale * sum);
 }
 
-void weighted_bt_loss_backward(const WeightedBTLossBackwardArgs& args) {
+void weighted_bt_loss_backward(const WeightedBTLossArgs& args) {
   with_dtype(args.dtype, [&](auto type) { run_backward<decltype(type)>(args); });
 }
 

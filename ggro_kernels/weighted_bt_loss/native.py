@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
 
 
 def _run(
@@ -16,9 +16,13 @@ def _run(
     rejected_positions: torch.Tensor,
     weights: torch.Tensor,
     reduction: str,
-    *others: torch.Tensor,
+    *,
+    loss: torch.Tensor | None = None,
+    loss_gradient: torch.Tensor | None = None,
+    chosen_gradient: torch.Tensor | None = None,
+    rejected_gradient: torch.Tensor | None = None,
 ) -> None:
-    """Call `kernel` with the pairs and the addresses of the other tensors."""
+    """Call `kernel` with the pairs and those of the other tensors that it has to do with."""
     chosen_rewards, rejected_rewards = map(with_unit_column_stride, (chosen_rewards, rejected_rewards))
     chosen_positions, rejected_positions = chosen_positions.contiguous(), rejected_positions.contiguous()
     weights = weights.contiguous()
@@ -38,8 +42,11 @@ def _run(
         rows,
         pairs,
         reduction == "mean",
+        address(loss),
+        address(loss_gradient),
+        address(chosen_gradient),
+        address(rejected_gradient),
         torch.get_num_threads(),
-        *(tensor.data_ptr() for tensor in others),
     )
 
 
@@ -61,7 +68,7 @@ def weighted_bt_loss(
         rejected_positions,
         weights,
         reduction,
-        loss,
+        loss=loss,
     )
     return loss
 
@@ -86,8 +93,8 @@ def weighted_bt_loss_backward(
         rejected_positions,
         weights,
         reduction,
-        loss_gradient,
-        chosen_gradient,
-        rejected_gradient,
+        loss_gradient=loss_gradient,
+        chosen_gradient=chosen_gradient,
+        rejected_gradient=rejected_gradient,
     )
     return chosen_gradient, rejected_gradient

@@ -66,6 +66,11 @@ def error_scale(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | No
     return 2 * scales.max().item() if scales.numel() else 1.0
 
 
+def chain_slack(width: int) -> float:
+    """Factor on `error_scale` for terms of any distribution: in a chain of terms of one sign, errors grow with it."""
+    return max(1.0, 0.4 * width**0.5)
+
+
 def canonical(x: torch.Tensor) -> torch.Tensor:
     """`x` with one kind of zero and one kind of NaN: computed values may have either sign of zero, any bits of NaN."""
     return torch.where(x.isnan(), torch.nan, x + 0.0)

@@ -20,7 +20,7 @@
   X(project_topk, ProjectTopKArgs)                  \
   X(score_select, ScoreSelectArgs)                  \
   X(weighted_bt_loss, WeightedBTLossArgs)           \
-  X(weighted_bt_loss_backward, WeightedBTLossBackwardArgs)
+  X(weighted_bt_loss_backward, WeightedBTLossArgs)
 
 namespace ggro {
 

@@ -8,7 +8,14 @@ namespace ggro {
 
 // Pairs of rewards at positions of a chosen and a rejected response. A pair of weight zero does not exist: neither its
 // positions nor its rewards are looked at. Both ops throw std::out_of_range for a position outside the rewards.
-struct WeightedPairs {
+//
+// weighted_bt_loss: loss = - sum w * log sigmoid(chosen - rejected), in fp64: the pairs of a row in order, then the
+// rows in order.
+//
+// weighted_bt_loss_backward: d loss / d rewards, times loss_gradient. w * sigmoid(rejected - chosen) is taken from the
+// chosen and added to the rejected reward, summed in fp64 and in the order of the pairs where a position repeats, zero
+// elsewhere.
+struct WeightedBTLossArgs {
   const void* chosen_rewards;  // [rows, chosen_length], unit column stride
   int64_t chosen_length;
   int64_t chosen_stride;         // in elements
@@ -22,21 +29,12 @@ struct WeightedPairs {
   DType weights_dtype;
   int64_t rows;
   int64_t pairs;
-  bool mean;  // divide by the number of pairs, where there is one
+  bool mean;                   // divide by the number of pairs, where there is one
+  float* loss;                 // written by weighted_bt_loss
+  const float* loss_gradient;  // read by weighted_bt_loss_backward
+  void* chosen_gradient;       // [rows, chosen_length], contiguous, dtype of the rewards; written by it
+  void* rejected_gradient;     // [rows, rejected_length], contiguous, dtype of the rewards; written by it
   int num_threads;
-};
-
-// loss = - sum w * log sigmoid(chosen - rejected), in fp64: the pairs of a row in order, then the rows in order.
-struct WeightedBTLossArgs : WeightedPairs {
-  float* loss;
-};
-
-// d loss / d rewards, times loss_gradient: w * sigmoid(rejected - chosen) is taken from the chosen and added to the
-// rejected reward, summed in fp64 and in the order of the pairs where a position repeats, zero elsewhere.
-struct WeightedBTLossBackwardArgs : WeightedPairs {
-  const float* loss_gradient;
-  void* chosen_gradient;    // [rows, chosen_length], contiguous, dtype of the rewards
-  void* rejected_gradient;  // [rows, rejected_length], contiguous, dtype of the rewards
 };
 
 }  // namespace ggro
