@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "ggro/isa.h"
 #include "ggro/ops.h"
 
@@ -25,6 +27,15 @@ template <>
 struct Wire<ggro::DType> {
   using Type = int;
   static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
+};
+
+template <>
+struct Wire<ggro::HeadsView> {
+  using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  static ggro::HeadsView read(const Type& value) {
+    const auto [address, batch_stride, head_stride, token_stride] = value;
+    return {reinterpret_cast<const void*>(address), batch_stride, head_stride, token_stride};
+  }
 };
 
 // Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
@@ -78,5 +89,12 @@ PYBIND11_MODULE(_native, m) {
     define(m, "project_topk", ggro::project_topk, &A::gradient, &A::gradient_dtype, &A::gradient_stride, &A::table,
            &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,
            &A::scores, &A::indices, &A::num_threads);
+  }
+  {
+    using A = ggro::PrefixAttentionArgs;
+    define(m, "prefix_attention", ggro::prefix_attention, &A::dtype, &A::query, &A::prefix_key, &A::prefix_value,
+           &A::branch_key, &A::branch_value, &A::branch_starts, &A::prefix_lengths, &A::batch, &A::query_heads,
+           &A::key_heads, &A::tokens, &A::prefix_tokens, &A::key_width, &A::value_width, &A::scale, &A::softcap,
+           &A::window, &A::output, &A::num_threads);
   }
 }

@@ -80,6 +80,11 @@ void throw_out_of_range(const char* argument, int64_t row, int64_t column, int64
                           std::to_string(value));
 }
 
+void throw_out_of_range(const char* argument, int64_t index, int64_t value, int64_t last, const char* meaning) {
+  throw std::out_of_range(std::string(argument) + "[" + std::to_string(index) + "] must be in 0 .. " +
+                          std::to_string(last) + ", " + meaning + ", got " + std::to_string(value));
+}
+
 #define GGRO_DEFINE(op, Args) \
   void op(const Args& args) { selected_kernels().op(args); }
 GGRO_OPS(GGRO_DEFINE)

@@ -40,6 +40,37 @@ inline float to_float(Float16 x) {
   return out;
 }
 
+inline void from_float(float x, float* out) { *out = x; }
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline void from_float(float x, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void from_float(float x, Float16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x47800000u) {
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {
+    // Adding a half rounds at the step of fp16's denormals, 2^-24.
+    const float shifted = std::fabs(x) + 0.5f;
+    std::memcpy(&half, &shifted, sizeof(half));
+    half -= 0x3f000000u;
+  } else {
+    // The exponent moves from bias 127 to 15; rounding may carry into it, up to infinity.
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
@@ -195,6 +226,16 @@ inline Vec tanh(Vec x) {
   const Vec power = exp2_nonpositive(max(broadcast(kExp2Floor), mul(magnitude, broadcast(-2.8853900817779268f))));
   const Vec large = div(sub(broadcast(1.0f), power), add(broadcast(1.0f), power));
   return blend_less(magnitude, broadcast(0.625f), small, blend_less(x, zero, sub(zero, large), large));
+}
+
+// The largest lane; NaN may be lost.
+inline float horizontal_max(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
 }
 
 inline float horizontal_sum(Vec x) {

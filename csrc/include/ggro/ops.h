@@ -3,6 +3,7 @@
 #include "ggro/candidate_scores.h"
 #include "ggro/entropy_topk.h"
 #include "ggro/lm_head_entropy_topk.h"
+#include "ggro/prefix_attention.h"
 #include "ggro/project_topk.h"
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
@@ -11,6 +12,7 @@
   X(candidate_scores, CandidateScoresArgs)       \
   X(entropy_topk, EntropyTopKArgs)               \
   X(lm_head_entropy_topk, LmHeadEntropyTopKArgs) \
+  X(prefix_attention, PrefixAttentionArgs)       \
   X(project_topk, ProjectTopKArgs)
 
 namespace ggro {

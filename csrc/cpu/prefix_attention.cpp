@@ -1,0 +1,345 @@
+#include "ggro/prefix_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "gemm.h"
+#include "ggro/errors.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace ggro::cpu {
+namespace {
+
+// Keys are taken in tiles of this many, counted from the first token of the prefix and of the branch.
+constexpr int64_t kTileKeys = 64;
+constexpr int64_t kMaxRows = 128;
+
+// Fewer multiply-adds than this per thread cost less than waking the thread.
+constexpr int64_t kMinWorkPerThread = 1 << 18;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// What one depth step of query times key consumes.
+#if defined(__AVX512BF16__)
+template <typename T>
+using KeyUnit = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Pair, float>;
+#else
+template <typename T>
+using KeyUnit = float;
+#endif
+
+template <typename T>
+void widen(const T* x, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = to_float(x[i]);
+}
+
+template <typename T>
+void copy_units(const T* x, int64_t width, float* out) {
+  widen(x, width, out);
+}
+
+template <typename T>
+void copy_units(const T* x, int64_t width, BFloat16Pair* out) {
+  for (int64_t i = 0; 2 * i < width; ++i) out[i] = load_unit(x, i, width, BFloat16Pair());
+}
+
+// The keys of a segment that a token sees.
+struct Range {
+  int64_t first;
+  int64_t end;
+};
+
+// Keys and values of consecutive tokens of one key head: a prefix or a branch.
+template <typename T>
+struct Segment {
+  const T* keys;
+  int64_t key_stride;
+  const T* values;
+  int64_t value_stride;
+
+  Segment from(int64_t token) const {
+    return {keys + token * key_stride, key_stride, values + token * value_stride, value_stride};
+  }
+};
+
+template <typename T>
+Segment<T> segment(const HeadsView& keys, const HeadsView& values, int64_t batch, int64_t head) {
+  return {static_cast<const T*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride, keys.token_stride,
+          static_cast<const T*>(values.data) + batch * values.batch_stride + head * values.head_stride,
+          values.token_stride};
+}
+
+// Attention of up to kMaxRows queries that read one key head, under one running softmax over every segment.
+// Row r of a key head is token r / group, query head r % group of its group: neighbours see nearly the same keys.
+template <typename T>
+class QueryTile {
+  using Unit = KeyUnit<T>;
+  static_assert(sizeof(Unit) == sizeof(float));
+
+ public:
+  explicit QueryTile(const PrefixAttentionArgs& args)
+      : args_(args),
+        group_(args.query_heads / args.key_heads),
+        units_(std::is_same_v<Unit, float> ? args.key_width : (args.key_width + 1) / 2),
+        padded_width_(round_up(args.value_width, kTileColumns)),
+        values_in_place_(std::is_same_v<T, float> && padded_width_ == args.value_width),
+        scratch_(
+            new float[static_cast<size_t>(kMaxRows * (round_up(units_, kLanes) + padded_width_ + kTileKeys + kLanes) +
+                                          kTileKeys * (round_up(units_, kLanes) + padded_width_) + kLanes)]) {
+    // Aligned to vectors, so that no load crosses a cache line.
+    float* next =
+        reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(scratch_.get()), kLanes * sizeof(float)));
+    const auto take = [&next](int64_t floats) {
+      float* taken = next;
+      next += round_up(floats, kLanes);
+      return taken;
+    };
+    queries_ = reinterpret_cast<Unit*>(take(kMaxRows * units_));
+    packed_keys_ = reinterpret_cast<Unit*>(take(kTileKeys * units_));
+    widened_values_ = take(kTileKeys * padded_width_);
+    scores_ = take(kMaxRows * kTileKeys);
+    sums_ = take(kMaxRows * kLanes);
+    output_ = take(kMaxRows * padded_width_);
+    std::fill_n(widened_values_, kTileKeys * padded_width_, 0.0f);
+  }
+
+  void attend(int64_t batch, int64_t key_head, int64_t first_row, int64_t end_row) {
+    start(batch, key_head, first_row, end_row);
+    const int64_t rows = end_row - first_row;
+    const int64_t* starts = args_.branch_starts + batch * args_.tokens;
+    const int64_t length = args_.prefix_lengths == nullptr ? args_.prefix_tokens : args_.prefix_lengths[batch];
+    for (int r = 0; r < rows; ++r) {
+      const int64_t token = (first_row + r) / group_;
+      visible_[r] = {std::max<int64_t>(0, length + token - starts[token] + 1 - args_.window), length};
+    }
+    attend_segment(segment<T>(args_.prefix_key, args_.prefix_value, batch, key_head), 0, rows);
+    const Segment<T> branches = segment<T>(args_.branch_key, args_.branch_value, batch, key_head);
+    for (int first = 0, end; first < rows; first = end) {
+      const int64_t start = starts[(first_row + first) / group_];
+      for (end = first; end < rows; ++end) {
+        const int64_t token = (first_row + end) / group_;
+        if (starts[token] != start) break;
+        visible_[end] = {std::max<int64_t>(0, token - start + 1 - args_.window), token - start + 1};
+      }
+      attend_segment(branches.from(start), first, end);
+    }
+    finish(batch, key_head, first_row, end_row);
+  }
+
+ private:
+  void start(int64_t batch, int64_t key_head, int64_t first_row, int64_t end_row) {
+    for (int64_t row = first_row; row < end_row; ++row) {
+      const T* query = static_cast<const T*>(args_.query.data) + batch * args_.query.batch_stride +
+                       (key_head * group_ + row % group_) * args_.query.head_stride +
+                       row / group_ * args_.query.token_stride;
+      copy_units(query, args_.key_width, queries_ + (row - first_row) * units_);
+    }
+    const int64_t rows = end_row - first_row;
+    std::fill_n(maxima_, rows, -kInfinity);
+    std::fill_n(sums_, rows * kLanes, 0.0f);
+    std::fill_n(output_, rows * padded_width_, 0.0f);
+  }
+
+  void finish(int64_t batch, int64_t key_head, int64_t first_row, int64_t end_row) {
+    for (int64_t row = first_row; row < end_row; ++row) {
+      T* out = static_cast<T*>(args_.output) +
+               ((batch * args_.tokens + row / group_) * args_.query_heads + key_head * group_ + row % group_) *
+                   args_.value_width;
+      const float* accumulated = output_ + (row - first_row) * padded_width_;
+      const float sum = horizontal_sum(load(sums_ + (row - first_row) * kLanes));
+      for (int64_t i = 0; i < args_.value_width; ++i) from_float(accumulated[i] / sum, out + i);
+    }
+  }
+
+  // The keys in visible_ of rows first .. end - 1.
+  void attend_segment(const Segment<T>& segment, int first, int end) {
+    Range seen = visible_[first];
+    for (int r = first; r < end; ++r) {
+      seen = {std::min(seen.first, visible_[r].first), std::max(seen.end, visible_[r].end)};
+    }
+    for (int64_t key = seen.first / kTileKeys * kTileKeys; key < seen.end; key += kTileKeys) {
+      attend_keys(segment.from(key), key, std::min(kTileKeys, seen.end - key), first, end);
+    }
+  }
+
+  // What row r sees of the tile of keys that begins at `key`.
+  Range visible_in_tile(int r, int64_t key) const {
+    return {std::max<int64_t>(0, visible_[r].first - key), std::min(kTileKeys, visible_[r].end - key)};
+  }
+
+  bool sees_nothing(int r, int64_t key) const {
+    const Range range = visible_in_tile(r, key);
+    return range.first >= range.end;
+  }
+
+  void attend_keys(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end) {
+    while (first < end && sees_nothing(first, key)) ++first;
+    while (first < end && sees_nothing(end - 1, key)) --end;
+    if (first == end) return;
+    for (int64_t column = 0; column < keys; column += kTileColumns) {
+      pack_transposed<kTileVectors, Unit>(tile.keys + column * tile.key_stride, tile.key_stride, keys - column,
+                                          args_.key_width, packed_keys_, kTileColumns);
+      for (int r = first; r < end; r += kTileRows) {
+        multiply_tile(queries_ + r * units_, units_, std::min(kTileRows, end - r), packed_keys_, kTileColumns, units_,
+                      scores_ + r * kTileKeys + column, kTileKeys, false);
+      }
+    }
+    for (int r = first; r < end; ++r) {
+      if (!sees_nothing(r, key)) scores_to_weights(r, visible_in_tile(r, key));
+    }
+    add_values(tile, key, keys, first, end);
+  }
+
+  // Replaces the scores of row r by 2^(score - maximum), and brings its sums to the new maximum.
+  void scores_to_weights(int r, Range range) {
+    float* scores = scores_ + r * kTileKeys;
+    const int64_t width = round_up(range.end, kLanes);
+    if (args_.softcap == 0) {
+      const Vec scale = broadcast(args_.scale * kLog2E);
+      for (int64_t i = 0; i < width; i += kLanes) store(scores + i, mul(load(scores + i), scale));
+    } else {
+      const Vec scale = broadcast(args_.scale / args_.softcap);
+      const Vec softcap = broadcast(args_.softcap * kLog2E);
+      for (int64_t i = 0; i < width; i += kLanes) store(scores + i, mul(tanh(mul(load(scores + i), scale)), softcap));
+    }
+    std::fill(scores, scores + range.first, -kInfinity);
+    std::fill(scores + range.end, scores + width, -kInfinity);
+    Vec maxima = broadcast(maxima_[r]);
+    for (int64_t i = 0; i < width; i += kLanes) maxima = max(load(scores + i), maxima);
+    const float maximum = horizontal_max(maxima);
+    if (maximum > maxima_[r]) {
+      rescale(r, maxima_[r] - maximum);
+      maxima_[r] = maximum;
+    }
+    // Scores that are all -inf have no finite difference from their maximum.
+    const Vec shift = broadcast(maximum == -kInfinity ? 0.0f : maximum);
+    const Vec floor = broadcast(kExp2Floor);
+    Vec sums = load(sums_ + r * kLanes);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Vec weights = exp2_nonpositive(max(floor, sub(load(scores + i), shift)));
+      store(scores + i, weights);
+      sums = add(sums, weights);
+    }
+    store(sums_ + r * kLanes, sums);
+  }
+
+  void rescale(int r, float exponent) {
+    const Vec factor = exp2_nonpositive(max(broadcast(kExp2Floor), broadcast(exponent)));
+    store(sums_ + r * kLanes, mul(load(sums_ + r * kLanes), factor));
+    float* output = output_ + r * padded_width_;
+    for (int64_t i = 0; i < padded_width_; i += kLanes) store(output + i, mul(load(output + i), factor));
+  }
+
+  void add_values(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end) {
+    const float* values = widened_values_;
+    int64_t stride = padded_width_;
+    if constexpr (std::is_same_v<T, float>) {
+      if (values_in_place_) {
+        values = tile.values;
+        stride = tile.value_stride;
+      }
+    }
+    if (!values_in_place_) {
+      for (int64_t i = 0; i < keys; ++i) {
+        widen(tile.values + i * tile.value_stride, args_.value_width, widened_values_ + i * padded_width_);
+      }
+    }
+    for (int64_t column = 0; column < padded_width_; column += kTileColumns) {
+      for (int r = first, rows; r < end; r += rows) {
+        // Rows that see the same keys together. A weight of zero is not enough: what a row does not see may be NaN.
+        const Range range = visible_in_tile(r, key);
+        for (rows = 1; rows < kTileRows && r + rows < end; ++rows) {
+          const Range other = visible_in_tile(r + rows, key);
+          if (other.first != range.first || other.end != range.end) break;
+        }
+        if (range.first >= range.end) continue;
+        multiply_tile(scores_ + r * kTileKeys + range.first, kTileKeys, rows, values + range.first * stride + column,
+                      stride, range.end - range.first, output_ + r * padded_width_ + column, padded_width_, true);
+      }
+    }
+  }
+
+  const PrefixAttentionArgs& args_;
+  const int64_t group_;
+  const int64_t units_;
+  const int64_t padded_width_;
+  const bool values_in_place_;
+  const std::unique_ptr<float[]> scratch_;
+  Unit* queries_;
+  Unit* packed_keys_;
+  float* widened_values_;
+  float* scores_;
+  float* sums_;
+  float* output_;
+  float maxima_[kMaxRows];
+  Range visible_[kMaxRows];
+};
+
+template <typename T>
+void run(const PrefixAttentionArgs& args) {
+  const int64_t heads = args.batch * args.key_heads;
+  const int64_t rows = args.tokens * (args.query_heads / args.key_heads);
+  if (heads * rows == 0) return;
+  const int64_t work = heads * rows * (args.prefix_tokens + args.tokens) * (args.key_width + args.value_width);
+  int64_t threads = std::max<int64_t>(1, std::min<int64_t>(args.num_threads, work / kMinWorkPerThread));
+  // Tiles as few as possible, since each reads the keys anew, but no thread without work.
+  int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  while (heads * tiles % threads != 0 && heads * tiles < 4 * threads && tiles < rows) ++tiles;
+  int64_t tile_rows = (rows + tiles - 1) / tiles;
+  if (tile_rows > kTileRows) tile_rows = std::min(kMaxRows, round_up(tile_rows, kTileRows));
+  tiles = (rows + tile_rows - 1) / tile_rows;
+  threads = std::min(threads, heads * tiles);
+  std::atomic<int64_t> next{0};
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1) if (threads > 1)
+#endif
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    QueryTile<T> tile(args);
+    for (int64_t i = next++; i < heads * tiles; i = next++) {
+      const int64_t head = i / tiles, first = i % tiles * tile_rows;
+      tile.attend(head / args.key_heads, head % args.key_heads, first, std::min(rows, first + tile_rows));
+    }
+  }
+}
+
+void check_branches(const PrefixAttentionArgs& args) {
+  for (int64_t b = 0; b < args.batch; ++b) {
+    if (args.prefix_lengths != nullptr && (args.prefix_lengths[b] < 0 || args.prefix_lengths[b] > args.prefix_tokens)) {
+      throw_out_of_range("prefix_lengths", b, args.prefix_lengths[b], args.prefix_tokens,
+                         "the prefix tokens there are");
+    }
+    for (int64_t i = 0; i < args.tokens; ++i) {
+      const int64_t start = args.branch_starts[b * args.tokens + i];
+      if (start < 0 || start > i) throw_out_of_range("branch_starts", b, i, start, i, "the tokens up to this one");
+    }
+  }
+}
+
+}  // namespace
+
+namespace GGRO_ISA {
+
+void prefix_attention(const PrefixAttentionArgs& args) {
+  check_branches(args);
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run<float>(args);
+    case DType::kBFloat16:
+      return run<BFloat16>(args);
+    case DType::kFloat16:
+      return run<Float16>(args);
+  }
+}
+
+}  // namespace GGRO_ISA
+}  // namespace ggro::cpu
