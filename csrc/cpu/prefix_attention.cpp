@@ -53,6 +53,9 @@ void copy_units(const T* x, int64_t width, BFloat16Pair* out) {
   for (int64_t i = 0; 2 * i < width; ++i) out[i] = load_unit(x, i, width, BFloat16Pair());
 }
 
+// Up to this many rows the keys are transposed in registers.
+constexpr int kFewRows = 8;
+
 // The keys of a segment that a token sees.
 struct Range {
   int64_t first;
@@ -87,15 +90,15 @@ class QueryTile {
   static_assert(sizeof(Unit) == sizeof(float));
 
  public:
-  explicit QueryTile(const PrefixAttentionArgs& args)
+  QueryTile(const PrefixAttentionArgs& args, int64_t rows)
       : args_(args),
         group_(args.query_heads / args.key_heads),
         units_(std::is_same_v<Unit, float> ? args.key_width : (args.key_width + 1) / 2),
-        padded_width_(round_up(args.value_width, kTileColumns)),
-        values_in_place_(std::is_same_v<T, float> && padded_width_ == args.value_width),
-        scratch_(
-            new float[static_cast<size_t>(kMaxRows * (round_up(units_, kLanes) + padded_width_ + kTileKeys + kLanes) +
-                                          kTileKeys * (round_up(units_, kLanes) + padded_width_) + kLanes)]) {
+        padded_width_(round_up(args.value_width, kTileColumns)) {
+    const int64_t floats =
+        rows * (units_ + kTileKeys + 1 + kLanes + padded_width_) + kTileColumns * units_ + kTileKeys * padded_width_;
+    constexpr int64_t kParts = 7;
+    scratch_.reset(new float[static_cast<size_t>(floats + (kParts + 1) * kLanes)]);
     // Aligned to vectors, so that no load crosses a cache line.
     float* next =
         reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(scratch_.get()), kLanes * sizeof(float)));
@@ -104,12 +107,13 @@ class QueryTile {
       next += round_up(floats, kLanes);
       return taken;
     };
-    queries_ = reinterpret_cast<Unit*>(take(kMaxRows * units_));
-    packed_keys_ = reinterpret_cast<Unit*>(take(kTileKeys * units_));
+    queries_ = reinterpret_cast<Unit*>(take(rows * units_));
+    packed_keys_ = reinterpret_cast<Unit*>(take(kTileColumns * units_));
     widened_values_ = take(kTileKeys * padded_width_);
-    scores_ = take(kMaxRows * kTileKeys);
-    sums_ = take(kMaxRows * kLanes);
-    output_ = take(kMaxRows * padded_width_);
+    scores_ = take(rows * kTileKeys);
+    maxima_ = take(rows);
+    sums_ = take(rows * kLanes);
+    output_ = take(rows * padded_width_);
     std::fill_n(widened_values_, kTileKeys * padded_width_, 0.0f);
   }
 
@@ -186,12 +190,19 @@ class QueryTile {
     while (first < end && sees_nothing(first, key)) ++first;
     while (first < end && sees_nothing(end - 1, key)) --end;
     if (first == end) return;
-    for (int64_t column = 0; column < keys; column += kTileColumns) {
-      pack_transposed<kTileVectors, Unit>(tile.keys + column * tile.key_stride, tile.key_stride, keys - column,
-                                          args_.key_width, packed_keys_, kTileColumns);
-      for (int r = first; r < end; r += kTileRows) {
-        multiply_tile(queries_ + r * units_, units_, std::min(kTileRows, end - r), packed_keys_, kTileColumns, units_,
-                      scores_ + r * kTileKeys + column, kTileKeys, false);
+    if (end - first <= kFewRows) {
+      for (int64_t column = 0; column < keys; column += kLanes) {
+        score_few_rows(queries_ + first * units_, end - first, tile.from(column), keys - column,
+                       scores_ + first * kTileKeys + column);
+      }
+    } else {
+      for (int64_t column = 0; column < keys; column += kTileColumns) {
+        pack_transposed<kTileVectors, Unit>(tile.keys + column * tile.key_stride, tile.key_stride, keys - column,
+                                            args_.key_width, packed_keys_, kTileColumns);
+        for (int r = first; r < end; r += kTileRows) {
+          multiply_tile(queries_ + r * units_, units_, std::min(kTileRows, end - r), packed_keys_, kTileColumns, units_,
+                        scores_ + r * kTileKeys + column, kTileKeys, false);
+        }
       }
     }
     for (int r = first; r < end; ++r) {
@@ -240,20 +251,38 @@ class QueryTile {
     for (int64_t i = 0; i < padded_width_; i += kLanes) store(output + i, mul(load(output + i), factor));
   }
 
+  // Scores of a vector of keys, transposed in registers: packing them would cost few rows as much as the product.
+  void score_few_rows(const Unit* queries, int rows, const Segment<T>& tile, int64_t keys, float* scores) const {
+    switch (rows) {
+#define GGRO_ROWS(n)                                                                                          \
+  case n:                                                                                                     \
+    return multiply_transposed<n>(queries, units_, tile.keys, tile.key_stride, keys, args_.key_width, scores, \
+                                  kTileKeys);
+      GGRO_ROWS(1)
+      GGRO_ROWS(2)
+      GGRO_ROWS(3)
+      GGRO_ROWS(4)
+      GGRO_ROWS(5)
+      GGRO_ROWS(6)
+      GGRO_ROWS(7)
+      GGRO_ROWS(8)
+#undef GGRO_ROWS
+    }
+  }
+
   void add_values(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end) {
-    const float* values = widened_values_;
-    int64_t stride = padded_width_;
-    if constexpr (std::is_same_v<T, float>) {
-      if (values_in_place_) {
-        values = tile.values;
-        stride = tile.value_stride;
-      }
+    // Widening to scratch pays off where several tiles of rows read it; a row may not be read beyond its end.
+    if (padded_width_ == args_.value_width && (std::is_same_v<T, float> || end - first <= kTileRows)) {
+      return add_values(tile.values, tile.value_stride, key, first, end);
     }
-    if (!values_in_place_) {
-      for (int64_t i = 0; i < keys; ++i) {
-        widen(tile.values + i * tile.value_stride, args_.value_width, widened_values_ + i * padded_width_);
-      }
+    for (int64_t i = 0; i < keys; ++i) {
+      widen(tile.values + i * tile.value_stride, args_.value_width, widened_values_ + i * padded_width_);
     }
+    add_values(widened_values_, padded_width_, key, first, end);
+  }
+
+  template <typename V>
+  void add_values(const V* values, int64_t stride, int64_t key, int first, int end) {
     for (int64_t column = 0; column < padded_width_; column += kTileColumns) {
       for (int r = first, rows; r < end; r += rows) {
         // Rows that see the same keys together. A weight of zero is not enough: what a row does not see may be NaN.
@@ -273,15 +302,14 @@ class QueryTile {
   const int64_t group_;
   const int64_t units_;
   const int64_t padded_width_;
-  const bool values_in_place_;
-  const std::unique_ptr<float[]> scratch_;
+  std::unique_ptr<float[]> scratch_;
   Unit* queries_;
   Unit* packed_keys_;
   float* widened_values_;
   float* scores_;
+  float* maxima_;
   float* sums_;
   float* output_;
-  float maxima_[kMaxRows];
   Range visible_[kMaxRows];
 };
 
@@ -304,7 +332,7 @@ void run(const PrefixAttentionArgs& args) {
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1) if (threads > 1)
 #endif
   for (int64_t thread = 0; thread < threads; ++thread) {
-    QueryTile<T> tile(args);
+    QueryTile<T> tile(args, tile_rows);
     for (int64_t i = next++; i < heads * tiles; i = next++) {
       const int64_t head = i / tiles, first = i % tiles * tile_rows;
       tile.attend(head / args.key_heads, head % args.key_heads, first, std::min(rows, first + tile_rows));

@@ -60,20 +60,20 @@ def prefix_attention(
     batch, query_heads, tokens, key_width = query.shape
     check_tensor("prefix_key", prefix_key, "[B, Hkv, N, D]", like=query)
     check_tensor("prefix_value", prefix_value, "[B, Hkv, N, Dv]", like=query)
+    check_tensor("branch_key", branch_key, "[B, Hkv, T, D]", like=query)
+    check_tensor("branch_value", branch_value, "[B, Hkv, T, Dv]", like=query)
     key_heads, prefix_tokens = prefix_key.shape[1:3]
     value_width = prefix_value.shape[3]
-    shapes = {
-        "prefix_key": (prefix_key, "[B, Hkv, N, D]", (batch, key_heads, prefix_tokens, key_width)),
-        "prefix_value": (prefix_value, "[B, Hkv, N, Dv]", (batch, key_heads, prefix_tokens, value_width)),
-        "branch_key": (branch_key, "[B, Hkv, T, D]", (batch, key_heads, tokens, key_width)),
-        "branch_value": (branch_value, "[B, Hkv, T, Dv]", (batch, key_heads, tokens, value_width)),
-    }
-    for name, (tensor, shape, wanted) in shapes.items():
-        check_tensor(name, tensor, shape, like=query)
+    for name, tensor, shape in (
+        ("prefix_key", prefix_key, (batch, key_heads, prefix_tokens, key_width)),
+        ("prefix_value", prefix_value, (batch, key_heads, prefix_tokens, value_width)),
+        ("branch_key", branch_key, (batch, key_heads, tokens, key_width)),
+        ("branch_value", branch_value, (batch, key_heads, tokens, value_width)),
+    ):
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must be of the query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.shape != wanted:
-            raise ValueError(f"{name} must have shape {shape} = {list(wanted)}, got {list(tensor.shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)} to go with the others, got {list(tensor.shape)}")
     if key_heads == 0 or query_heads % key_heads != 0:
         raise ValueError(f"query must have a multiple of the Hkv={key_heads} key heads, got Hq={query_heads}")
     check_tensor("branch_starts", branch_starts, "[B, T]", like=query)

@@ -10,7 +10,7 @@ _NO_WINDOW = 2**62
 
 def _view(x: torch.Tensor) -> tuple[int, int, int, int]:
     """`ggro::HeadsView` of x [batch, heads, tokens, width]."""
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+    return x.data_ptr(), *x.stride()[:3]
 
 
 def prefix_attention(

@@ -20,13 +20,18 @@ def _run(
     window: int | None,
     impl: str,
 ) -> torch.Tensor:
-    implementation = native if resolve(impl, query.device, query.dtype) == "native" else reference
-    return implementation.prefix_attention(
-        query.detach(),
-        prefix_key.detach(),
-        prefix_value.detach(),
-        branch_key.detach(),
-        branch_value.detach(),
+    run = native.prefix_attention
+    if resolve(impl, query.device, query.dtype) != "native":
+        run = reference.prefix_attention
+        query, prefix_key, prefix_value, branch_key, branch_value = (
+            x.detach() for x in (query, prefix_key, prefix_value, branch_key, branch_value)
+        )
+    return run(
+        query,
+        prefix_key,
+        prefix_value,
+        branch_key,
+        branch_value,
         branch_starts,
         prefix_lengths,
         scale,
