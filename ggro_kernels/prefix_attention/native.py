@@ -8,7 +8,7 @@ from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
 _NO_WINDOW = 2**62
 
 
-def _view(x: torch.Tensor) -> tuple[int, int, int, int]:
+def _view(x: torch.Tensor) -> tuple[int, ...]:
     """`ggro::HeadsView` of x [batch, heads, tokens, width]."""
     return x.data_ptr(), *x.stride()[:3]
 
