@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kMaxRows = 128;
 
+// Scores of a row, with room to work on whole vectors that begin at any of them.
+constexpr int64_t kScoreStride = kTileKeys + kLanes;
+
 // Fewer multiply-adds than this per thread cost less than waking the thread.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 
@@ -96,7 +99,7 @@ class QueryTile {
         units_(std::is_same_v<Unit, float> ? args.key_width : (args.key_width + 1) / 2),
         padded_width_(round_up(args.value_width, kTileColumns)) {
     const int64_t floats =
-        rows * (units_ + kTileKeys + 1 + kLanes + padded_width_) + kTileColumns * units_ + kTileKeys * padded_width_;
+        rows * (units_ + kScoreStride + 1 + kLanes + padded_width_) + kTileColumns * units_ + kTileKeys * padded_width_;
     constexpr int64_t kParts = 7;
     scratch_.reset(new float[static_cast<size_t>(floats + (kParts + 1) * kLanes)]);
     // Aligned to vectors, so that no load crosses a cache line.
@@ -110,7 +113,7 @@ class QueryTile {
     queries_ = reinterpret_cast<Unit*>(take(rows * units_));
     packed_keys_ = reinterpret_cast<Unit*>(take(kTileColumns * units_));
     widened_values_ = take(kTileKeys * padded_width_);
-    scores_ = take(rows * kTileKeys);
+    scores_ = take(rows * kScoreStride);
     maxima_ = take(rows);
     sums_ = take(rows * kLanes);
     output_ = take(rows * padded_width_);
@@ -127,16 +130,7 @@ class QueryTile {
       visible_[r] = {std::max<int64_t>(0, length + token - starts[token] + 1 - args_.window), length};
     }
     attend_segment(segment<T>(args_.prefix_key, args_.prefix_value, batch, key_head), 0, rows);
-    const Segment<T> branches = segment<T>(args_.branch_key, args_.branch_value, batch, key_head);
-    for (int first = 0, end; first < rows; first = end) {
-      const int64_t start = starts[(first_row + first) / group_];
-      for (end = first; end < rows; ++end) {
-        const int64_t token = (first_row + end) / group_;
-        if (starts[token] != start) break;
-        visible_[end] = {std::max<int64_t>(0, token - start + 1 - args_.window), token - start + 1};
-      }
-      attend_segment(branches.from(start), first, end);
-    }
+    attend_branches(segment<T>(args_.branch_key, args_.branch_value, batch, key_head), starts, first_row, end_row);
     finish(batch, key_head, first_row, end_row);
   }
 
@@ -165,6 +159,29 @@ class QueryTile {
     }
   }
 
+  void attend_branches(const Segment<T>& branches, const int64_t* starts, int64_t first_row, int64_t end_row) {
+    const int64_t first_token = first_row / group_, end_token = (end_row - 1) / group_ + 1;
+    const int64_t base = *std::min_element(starts + first_token, starts + end_token);
+    // Short branches are scored together, though most of these scores are of keys that a row does not see.
+    const bool together = end_token - base <= kTileKeys;
+    if (together) score(branches.from(base), end_token - base, 0, static_cast<int>(end_row - first_row));
+    for (int64_t token = first_token, next; token < end_token; token = next) {
+      const int64_t start = starts[token];
+      const int first = static_cast<int>(std::max<int64_t>(0, token * group_ - first_row));
+      int end = first;
+      for (next = token; next < end_token && starts[next] == start; ++next) {
+        for (; end < std::min((next + 1) * group_, end_row) - first_row; ++end) {
+          visible_[end] = {std::max<int64_t>(0, next - start + 1 - args_.window), next - start + 1};
+        }
+      }
+      if (together) {
+        weigh(branches.from(start), 0, next - start, first, end, start - base);
+      } else {
+        attend_segment(branches.from(start), first, end);
+      }
+    }
+  }
+
   // The keys in visible_ of rows first .. end - 1.
   void attend_segment(const Segment<T>& segment, int first, int end) {
     Range seen = visible_[first];
@@ -190,10 +207,16 @@ class QueryTile {
     while (first < end && sees_nothing(first, key)) ++first;
     while (first < end && sees_nothing(end - 1, key)) --end;
     if (first == end) return;
+    score(tile, keys, first, end);
+    weigh(tile, key, keys, first, end, 0);
+  }
+
+  // Scores of rows first .. end - 1, up to their scale.
+  void score(const Segment<T>& tile, int64_t keys, int first, int end) {
     if (end - first <= kFewRows) {
       for (int64_t column = 0; column < keys; column += kLanes) {
         score_few_rows(queries_ + first * units_, end - first, tile.from(column), keys - column,
-                       scores_ + first * kTileKeys + column);
+                       scores_ + first * kScoreStride + column);
       }
     } else {
       for (int64_t column = 0; column < keys; column += kTileColumns) {
@@ -201,19 +224,23 @@ class QueryTile {
                                             args_.key_width, packed_keys_, kTileColumns);
         for (int r = first; r < end; r += kTileRows) {
           multiply_tile(queries_ + r * units_, units_, std::min(kTileRows, end - r), packed_keys_, kTileColumns, units_,
-                        scores_ + r * kTileKeys + column, kTileKeys, false);
+                        scores_ + r * kScoreStride + column, kScoreStride, false);
         }
       }
     }
+  }
+
+  // Takes the keys from `key` on, whose scores begin at a column of scores_, into the softmax and the output.
+  void weigh(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end, int64_t column) {
+    float* scores = scores_ + column;
     for (int r = first; r < end; ++r) {
-      if (!sees_nothing(r, key)) scores_to_weights(r, visible_in_tile(r, key));
+      if (!sees_nothing(r, key)) scores_to_weights(r, visible_in_tile(r, key), scores + r * kScoreStride);
     }
-    add_values(tile, key, keys, first, end);
+    add_values(tile, key, keys, first, end, scores);
   }
 
   // Replaces the scores of row r by 2^(score - maximum), and brings its sums to the new maximum.
-  void scores_to_weights(int r, Range range) {
-    float* scores = scores_ + r * kTileKeys;
+  void scores_to_weights(int r, Range range, float* scores) {
     const int64_t width = round_up(range.end, kLanes);
     if (args_.softcap == 0) {
       const Vec scale = broadcast(args_.scale * kLog2E);
@@ -229,7 +256,7 @@ class QueryTile {
     for (int64_t i = 0; i < width; i += kLanes) maxima = max(load(scores + i), maxima);
     const float maximum = horizontal_max(maxima);
     if (maximum > maxima_[r]) {
-      rescale(r, maxima_[r] - maximum);
+      if (maxima_[r] != -kInfinity) rescale(r, maxima_[r] - maximum);
       maxima_[r] = maximum;
     }
     // Scores that are all -inf have no finite difference from their maximum.
@@ -257,7 +284,7 @@ class QueryTile {
 #define GGRO_ROWS(n)                                                                                          \
   case n:                                                                                                     \
     return multiply_transposed<n>(queries, units_, tile.keys, tile.key_stride, keys, args_.key_width, scores, \
-                                  kTileKeys);
+                                  kScoreStride);
       GGRO_ROWS(1)
       GGRO_ROWS(2)
       GGRO_ROWS(3)
@@ -270,19 +297,19 @@ class QueryTile {
     }
   }
 
-  void add_values(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end) {
+  void add_values(const Segment<T>& tile, int64_t key, int64_t keys, int first, int end, const float* weights) {
     // Widening to scratch pays off where several tiles of rows read it; a row may not be read beyond its end.
     if (padded_width_ == args_.value_width && (std::is_same_v<T, float> || end - first <= kTileRows)) {
-      return add_values(tile.values, tile.value_stride, key, first, end);
+      return add_values(tile.values, tile.value_stride, key, first, end, weights);
     }
     for (int64_t i = 0; i < keys; ++i) {
       widen(tile.values + i * tile.value_stride, args_.value_width, widened_values_ + i * padded_width_);
     }
-    add_values(widened_values_, padded_width_, key, first, end);
+    add_values(widened_values_, padded_width_, key, first, end, weights);
   }
 
   template <typename V>
-  void add_values(const V* values, int64_t stride, int64_t key, int first, int end) {
+  void add_values(const V* values, int64_t stride, int64_t key, int first, int end, const float* weights) {
     for (int64_t column = 0; column < padded_width_; column += kTileColumns) {
       for (int r = first, rows; r < end; r += rows) {
         // Rows that see the same keys together. A weight of zero is not enough: what a row does not see may be NaN.
@@ -292,8 +319,9 @@ class QueryTile {
           if (other.first != range.first || other.end != range.end) break;
         }
         if (range.first >= range.end) continue;
-        multiply_tile(scores_ + r * kTileKeys + range.first, kTileKeys, rows, values + range.first * stride + column,
-                      stride, range.end - range.first, output_ + r * padded_width_ + column, padded_width_, true);
+        multiply_tile(weights + r * kScoreStride + range.first, kScoreStride, rows,
+                      values + range.first * stride + column, stride, range.end - range.first,
+                      output_ + r * padded_width_ + column, padded_width_, true);
       }
     }
   }
