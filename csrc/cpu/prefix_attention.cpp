@@ -16,7 +16,7 @@ namespace ggro::cpu {
 namespace {
 
 // Keys are taken in tiles of this many, counted from the first token of the prefix and of the branch.
-constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileKeys = 128;
 constexpr int64_t kMaxRows = 128;
 
 // Scores of a row, with room to work on whole vectors that begin at any of them.

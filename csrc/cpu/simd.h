@@ -229,6 +229,9 @@ inline Vec tanh(Vec x) {
 }
 
 // The largest lane; NaN may be lost.
+#if defined(__AVX512F__)
+inline float horizontal_max(Vec x) { return _mm512_reduce_max_ps(x); }
+#else
 inline float horizontal_max(Vec x) {
   float lanes[kLanes];
   store(lanes, x);
@@ -237,6 +240,7 @@ inline float horizontal_max(Vec x) {
   }
   return lanes[0];
 }
+#endif
 
 inline float horizontal_sum(Vec x) {
   float lanes[kLanes];
