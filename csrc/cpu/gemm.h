@@ -46,30 +46,30 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 4;
 #endif
 
-template <int kRows, int kVectors = kTileVectors, typename Unit, typename B>
+template <int kRows, typename Unit, typename B>
 inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_stride, const B* b, int64_t b_stride,
                           int64_t depth, float* out, int64_t out_stride, bool accumulate) {
-  Vec sums[kRows][kVectors];
+  Vec sums[kRows][kTileVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(0.0f);
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) sums[r][v] = broadcast(0.0f);
   }
   for (int64_t i = 0; i < depth; ++i) {
-    Vec columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = load_units(b + i * b_stride + v * kLanes);
+    Vec columns[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) columns[v] = load_units(b + i * b_stride + v * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const Unit element = a[r * a_row_stride + i * a_depth_stride];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
       float* o = out + r * out_stride + v * kLanes;
       store(o, accumulate ? add(load(o), sums[r][v]) : sums[r][v]);
     }
