@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
 #include <utility>
 
 #include "ggro/isa.h"
@@ -47,6 +48,15 @@ template <typename Args, typename... Fields>
 constexpr bool has_room_for(long) {
   return false;
 }
+
+template <>
+struct Wire<ggro::HeadsView> {
+  using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  static ggro::HeadsView read(const Type& value) {
+    const auto [address, batch_stride, head_stride, token_stride] = value;
+    return {reinterpret_cast<const void*>(address), batch_stride, head_stride, token_stride};
+  }
+};
 
 // Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
 template <typename Args, typename... Fields>
@@ -113,6 +123,13 @@ PYBIND11_MODULE(_native, m) {
     define(m, "project_topk", ggro::project_topk, &A::gradient, &A::gradient_dtype, &A::gradient_stride, &A::table,
            &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions, &A::vocab, &A::width, &A::k,
            &A::scores, &A::indices, &A::num_threads);
+  }
+  {
+    using A = ggro::PrefixAttentionArgs;
+    define(m, "prefix_attention", ggro::prefix_attention, &A::dtype, &A::query, &A::prefix_key, &A::prefix_value,
+           &A::branch_key, &A::branch_value, &A::branch_starts, &A::prefix_lengths, &A::batch, &A::query_heads,
+           &A::key_heads, &A::tokens, &A::prefix_tokens, &A::key_width, &A::value_width, &A::scale, &A::softcap,
+           &A::window, &A::output, &A::num_threads);
   }
   {
     using A = ggro::ScoreSelectArgs;

@@ -87,6 +87,11 @@ void throw_not_in_unit_interval(const char* argument, int64_t index, float value
   throw std::invalid_argument(message.str());
 }
 
+void throw_out_of_range(const char* argument, int64_t index, int64_t value, int64_t last, const char* meaning) {
+  throw std::out_of_range(std::string(argument) + "[" + std::to_string(index) + "] must be in 0 .. " +
+                          std::to_string(last) + ", " + meaning + ", got " + std::to_string(value));
+}
+
 #define GGRO_DEFINE(op, Args) \
   void op(const Args& args) { selected_kernels().op(args); }
 GGRO_OPS(GGRO_DEFINE)

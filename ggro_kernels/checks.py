@@ -58,15 +58,19 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_indices(name: str, indices: torch.Tensor, last: int, meaning: str) -> None:
-    """Raise IndexError for a value of `indices` [N, K] outside 0 .. last; CPU only, elsewhere it would need a sync."""
+def check_indices(name: str, indices: torch.Tensor, last: int | torch.Tensor, meaning: str) -> None:
+    """Raise IndexError for a value of `indices` outside 0 .. last, which may differ from column to column.
+
+    CPU only: elsewhere it would need a sync.
+    """
     if indices.device.type != "cpu":
         return
     bad = ((indices < 0) | (indices > last)).nonzero()
     if len(bad):
-        row, column = bad[0].tolist()
+        place = tuple(bad[0].tolist())
+        bound = last[place[-1]].item() if isinstance(last, torch.Tensor) else last
         raise IndexError(
-            f"{name}[{row}, {column}] must be in 0 .. {last}, {meaning}, got {indices[row, column].item()}"
+            f"{name}[{', '.join(map(str, place))}] must be in 0 .. {bound}, {meaning}, got {indices[place].item()}"
         )
 
 

@@ -18,11 +18,12 @@ struct BFloat16Pair {
   uint32_t bits;
 };
 
-// What a depth step consumes of a row, as kLanes of it lie in a vector.
-template <typename Unit>
-inline Vec load_units(const Unit* p) {
-  return load(reinterpret_cast<const float*>(p));
+// What a depth step consumes of a row, as kLanes of it lie in a vector: values widened to fp32, or pairs.
+template <typename T>
+inline Vec load_units(const T* p) {
+  return load(p);
 }
+inline Vec load_units(const BFloat16Pair* p) { return load(reinterpret_cast<const float*>(p)); }
 
 inline Vec multiply_add(float a, Vec b, Vec sum) { return fma(broadcast(a), b, sum); }
 
@@ -45,8 +46,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 4;
 #endif
 
-template <int kRows, typename Unit>
-inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_stride, const Unit* b, int64_t b_stride,
+template <int kRows, typename Unit, typename B>
+inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_stride, const B* b, int64_t b_stride,
                           int64_t depth, float* out, int64_t out_stride, bool accumulate) {
   Vec sums[kRows][kTileVectors];
 #pragma GCC unroll 12
@@ -77,10 +78,11 @@ inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_s
 
 // out[r, j] (+)= sum over i of a[r, i] b[i, j] for r < rows <= kTileRows and j < kTileColumns: the sum starts from zero
 // and is added to what `out` holds if `accumulate`.
-// a: rows of depth units. b: depth rows of kTileColumns units. Strides in units, those of `out` in floats.
-template <typename Unit>
-void multiply_tile(const Unit* a, int64_t a_stride, int rows, const Unit* b, int64_t b_stride, int64_t depth,
-                   float* out, int64_t out_stride, bool accumulate) {
+// a: rows of depth units. b: depth rows of kTileColumns units, or of values of any dtype where `a` is fp32. Strides in
+// units, those of `out` in floats.
+template <typename Unit, typename B>
+void multiply_tile(const Unit* a, int64_t a_stride, int rows, const B* b, int64_t b_stride, int64_t depth, float* out,
+                   int64_t out_stride, bool accumulate) {
   switch (rows) {
 #define GGRO_ROWS(n)                                                                                                 \
   case n:                                                                                                            \
@@ -182,6 +184,39 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Un
 template <typename T>
 void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* packed) {
   pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns);
+}
+
+// out[r, j] = sum over units i of a[r, i] times unit i of row j of x, for r < kRows and j < kLanes, as multiply_tile
+// gives them from x packed by pack_transposed, bit by bit. Columns beyond `rows` repeat the last row.
+template <int kRows, typename Unit, typename T>
+void multiply_transposed(const Unit* a, int64_t a_stride, const T* x, int64_t stride, int64_t rows, int64_t width,
+                         float* out, int64_t out_stride) {
+  constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
+  const int64_t units = (width + kElements - 1) / kElements;
+  const T* row_pointers[kLanes];
+  for (int j = 0; j < kLanes; ++j) row_pointers[j] = x + std::min<int64_t>(j, rows - 1) * stride;
+  Vec sums[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums[r] = broadcast(0.0f);
+  int64_t i = 0;
+  for (; (i + kLanes) * kElements <= width; i += kLanes) {
+    Vec tile[kLanes];
+    for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(row_pointers[j], i, Unit());
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r] = multiply_add(a[r * a_stride + i + j], tile[j], sums[r]);
+    }
+  }
+  for (; i < units; ++i) {
+    Unit column[kLanes];
+    for (int j = 0; j < kLanes; ++j) column[j] = load_unit(row_pointers[j], i, width, Unit());
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r] = multiply_add(a[r * a_stride + i], load_units(column), sums[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) store(out + r * out_stride, sums[r]);
 }
 
 }  // namespace

@@ -210,6 +210,20 @@ inline Vec tanh(Vec x) {
   return blend_less(magnitude, broadcast(0.625f), small, blend_less(x, zero, sub(zero, large), large));
 }
 
+// The largest lane; NaN may be lost.
+#if defined(__AVX512F__)
+inline float horizontal_max(Vec x) { return _mm512_reduce_max_ps(x); }
+#else
+inline float horizontal_max(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+#endif
+
 inline float horizontal_sum(Vec x) {
   float lanes[kLanes];
   store(lanes, x);

@@ -11,6 +11,7 @@ from ggro_kernels import (
     entropy_topk,
     lm_head_entropy_topk,
     merge_partials,
+    prefix_attention,
     project_topk,
     score_select,
     weighted_bt_loss,
@@ -50,6 +51,23 @@ def _pairs(
         "chosen_positions": _ids(lengths[0], rows, pairs),
         "rejected_positions": _ids(lengths[1], rows, pairs),
         "weights": _normal(rows, pairs).relu(),
+    }
+
+
+def _attention(
+    query_heads: int, key_heads: int, prefix: int, branches: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Two rows of ragged branches, keys and values as slices of one cache, as a model has them."""
+    tokens, width = sum(branches), 24
+    key, value = (_normal(2, key_heads, prefix + tokens, width, dtype=dtype) for _ in range(2))
+    starts = [sum(branches[:index]) for index, length in enumerate(branches) for _ in range(length)]
+    return {
+        "query": _normal(2, tokens, query_heads, width, dtype=dtype).transpose(1, 2),
+        "prefix_key": key[:, :, :prefix],
+        "prefix_value": value[:, :, :prefix],
+        "branch_key": key[:, :, prefix:],
+        "branch_value": value[:, :, prefix:],
+        "branch_starts": torch.tensor(starts, dtype=torch.int64).expand(2, tokens),
     }
 
 
@@ -142,6 +160,15 @@ def _samples() -> dict[str, OpSample]:
         ),
         "weighted_bt_loss no rows": OpSample(weighted_bt_loss, _pairs(0, (7, 5), 9)),
         "weighted_bt_loss fp64": OpSample(weighted_bt_loss, _pairs(2, (7, 5), 3, dtype=fp64)),
+        "prefix_attention fp32": OpSample(prefix_attention, _attention(4, 2, 300, (1, 5, 70))),
+        "prefix_attention bf16 with every option": OpSample(
+            prefix_attention,
+            _attention(6, 1, 100, (3, 1, 4), bf16)
+            | {"prefix_lengths": torch.tensor([100, 60]), "scale": 0.3, "softcap": 5.0, "window": 50},
+        ),
+        "prefix_attention no prefix": OpSample(prefix_attention, _attention(2, 2, 0, (9,))),
+        "prefix_attention no tokens": OpSample(prefix_attention, _attention(2, 2, 30, ())),
+        "prefix_attention fp64": OpSample(prefix_attention, _attention(2, 1, 10, (2, 3), fp64)),
     }
 
 

@@ -5,6 +5,7 @@
 #include "ggro/entropy_topk_backward.h"
 #include "ggro/lm_head_entropy_topk.h"
 #include "ggro/merge_partials.h"
+#include "ggro/prefix_attention.h"
 #include "ggro/project_topk.h"
 #include "ggro/score_select.h"
 #include "ggro/weighted_bt_loss.h"
@@ -17,6 +18,7 @@
   X(entropy_topk_backward, EntropyTopKBackwardArgs) \
   X(lm_head_entropy_topk, LmHeadEntropyTopKArgs)    \
   X(merge_partials, MergePartialsArgs)              \
+  X(prefix_attention, PrefixAttentionArgs)          \
   X(project_topk, ProjectTopKArgs)                  \
   X(score_select, ScoreSelectArgs)                  \
   X(weighted_bt_loss, WeightedBTLossArgs)           \

@@ -1,0 +1,65 @@
+"""Registration of `prefix_attention` with torch's dispatcher."""
+
+import torch
+
+from ggro_kernels.dispatch import resolve
+from ggro_kernels.library import register
+from ggro_kernels.prefix_attention import native, reference
+
+
+def _run(
+    query: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    branch_key: torch.Tensor,
+    branch_value: torch.Tensor,
+    branch_starts: torch.Tensor,
+    prefix_lengths: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    impl: str,
+) -> torch.Tensor:
+    run = native.prefix_attention
+    if resolve(impl, query.device, query.dtype) != "native":
+        run = reference.prefix_attention
+        query, prefix_key, prefix_value, branch_key, branch_value = (
+            x.detach() for x in (query, prefix_key, prefix_value, branch_key, branch_value)
+        )
+    return run(
+        query,
+        prefix_key,
+        prefix_value,
+        branch_key,
+        branch_value,
+        branch_starts,
+        prefix_lengths,
+        scale,
+        softcap,
+        window,
+    )
+
+
+def _fake(
+    query: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    branch_key: torch.Tensor,
+    branch_value: torch.Tensor,
+    branch_starts: torch.Tensor,
+    prefix_lengths: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    impl: str,
+) -> torch.Tensor:
+    batch, query_heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, query_heads, prefix_value.shape[3]).transpose(1, 2)
+
+
+prefix_attention_op = register(
+    "prefix_attention(Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor branch_key, Tensor branch_value, "
+    "Tensor branch_starts, Tensor? prefix_lengths, float scale, float? softcap, SymInt? window, str impl) -> Tensor",
+    _run,
+    _fake,
+)

@@ -1,0 +1,143 @@
+"""`prefix_attention` as an attention implementation of transformers: branches of one cache without a dense mask.
+
+    model.set_attn_implementation(PREFIX_ATTENTION)
+    model(**pack_branches(branches, prefix_length), past_key_values=cache)
+
+scores every branch as if it followed the cached prefix alone. A forward without `branch_starts` is causal attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+
+from ggro_kernels import prefix_attention
+
+PREFIX_ATTENTION = "ggro_prefix_attention"
+"""The name to hand to `set_attn_implementation`."""
+
+_USE_ANOTHER = "use model.set_attn_implementation('sdpa') or 'eager' for it"
+_UNSUPPORTED = ("position_bias", "s_aux", "cu_seq_lens_q", "cache")
+
+
+def pack_branches(
+    branches: list[list[int]], prefix_length: int, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Arguments of a forward that scores branches, the continuations of one prefix, in a single row.
+
+    Args:
+        branches: token ids, each branch of at least one token.
+        prefix_length: tokens in the cache that the forward is given.
+        device: of the model.
+
+    Returns:
+        `input_ids`, `position_ids` and `branch_starts`, each [1, T] int64 for the T tokens of all branches in order.
+    """
+    if not all(branches):
+        raise ValueError(f"branches must have at least one token each, got lengths {[len(x) for x in branches]}")
+    lengths = torch.tensor([len(branch) for branch in branches], dtype=torch.int64)
+    branch_starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return {
+        "input_ids": torch.tensor([[token for branch in branches for token in branch]], device=device),
+        "position_ids": (prefix_length + torch.arange(len(branch_starts)) - branch_starts)[None].to(device),
+        "branch_starts": branch_starts[None].to(device),
+    }
+
+
+def prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | int | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    branch_starts: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the query's T tokens to the cache, whose last T keys and values are their own.
+
+    Args:
+        module: the attention layer.
+        query: [B, Hq, T, D].
+        key, value: [B, Hkv, N + T, D], prefix and branches.
+        attention_mask: what `window_for_mask` gave.
+        scaling, dropout, softcap, is_causal: as the model has them.
+        sliding_window: likewise; some models tell their mask alone about it.
+        branch_starts: [B, T] int64, see `pack_branches`; None for one branch.
+
+    Returns:
+        output [B, T, Hq, D], and None for the attention weights, which are never there.
+
+    Raises:
+        ValueError: a mask, dropout or another variety of attention that `prefix_attention` does not compute.
+        RuntimeError: gradients are wanted.
+    """
+    if isinstance(attention_mask, Tensor):
+        raise ValueError(f"{PREFIX_ATTENTION} takes no 4-D attention_mask; give it branch_starts, or {_USE_ANOTHER}")
+    if dropout:
+        raise ValueError(f"{PREFIX_ATTENTION} has no dropout, got {dropout}: call model.eval(), or {_USE_ANOTHER}")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{PREFIX_ATTENTION} does not compute attention with {name}; {_USE_ANOTHER}")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"{PREFIX_ATTENTION} is causal, but the layer {type(module).__name__} is not; {_USE_ANOTHER}")
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise RuntimeError(f"{PREFIX_ATTENTION} has no backward pass: call the model under torch.no_grad()")
+    batch, _, tokens, _ = query.shape
+    if branch_starts is None:
+        branch_starts = torch.zeros(batch, tokens, dtype=torch.int64, device=query.device)
+    prefix = key.shape[2] - tokens
+    output = prefix_attention(
+        query,
+        key[:, :, :prefix],
+        value[:, :, :prefix],
+        key[:, :, prefix:],
+        value[:, :, prefix:],
+        branch_starts.expand(batch, -1),
+        scale=scaling,
+        softcap=softcap,
+        window=sliding_window if attention_mask is None else attention_mask,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def window_for_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: PretrainedConfig | None = None,
+    **kwargs: Any,
+) -> int | None:
+    """What a model's layers get in place of a mask: their sliding window, None where they have none.
+
+    Raises ValueError for what only a mask could express: padding, and patterns that are more than causal.
+    """
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            f"{PREFIX_ATTENTION} takes no padding, but attention_mask has zeros: run rows of one length, or "
+            f"{_USE_ANOTHER}"
+        )
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise ValueError(f"{PREFIX_ATTENTION} needs a cache that ends with the new tokens, not a static one")
+    # transformers forbids the skip wherever the pattern is more than causal: packed rows, blocks, both directions.
+    if not allow_is_causal_skip or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{PREFIX_ATTENTION} computes causal and sliding-window attention only (branches need a cache, if an empty "
+            f"one); {_USE_ANOTHER}"
+        )
+    return local_size
+
+
+AttentionInterface.register(PREFIX_ATTENTION, prefix_attention_forward)
+AttentionMaskInterface.register(PREFIX_ATTENTION, window_for_mask)
