@@ -13,10 +13,13 @@
 namespace ggro::cpu {
 namespace {
 
-// Two neighbours of a bf16 row, multiplied and added in one instruction where the processor has it.
+// Two neighbours of a bf16 row, multiplied and added in one instruction where the processor has it. A row may begin at
+// any element, so that a pair is aligned as one of its halves is.
+using UnalignedBits = uint32_t __attribute__((aligned(2), may_alias));
 struct BFloat16Pair {
-  uint32_t bits;
+  UnalignedBits bits;
 };
+static_assert(alignof(BFloat16Pair) == 2 && sizeof(BFloat16Pair) == 4);
 
 // What a depth step consumes of a row, as kLanes of it lie in a vector: values widened to fp32, or pairs.
 template <typename T>
