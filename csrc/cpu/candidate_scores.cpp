@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMinWorkPerThread = 1 << 16;
 
 // The rows lie anywhere, so that the processor cannot foresee them: so much is fetched before it is used.
-constexpr int64_t kBytesAhead = 4096;
+constexpr int64_t kBytesAhead = 16384;
 
 template <typename G, typename T>
 void run(const CandidateScoresArgs& args) {
@@ -25,6 +25,7 @@ void run(const CandidateScoresArgs& args) {
       1, std::min({static_cast<int64_t>(args.num_threads), pairs, pairs * args.width / kMinWorkPerThread})));
   const G* gradient = static_cast<const G*>(args.gradient);
   const T* table = static_cast<const T*>(args.table);
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
   const int64_t rows_ahead = 1 + kBytesAhead / (args.width * static_cast<int64_t>(sizeof(T)) + 1);
   const std::unique_ptr<float[]> widened(new float[static_cast<size_t>(threads * args.width)]);
 #ifdef _OPENMP
@@ -39,8 +40,10 @@ void run(const CandidateScoresArgs& args) {
         position = i / args.candidates;
         widen(gradient + position * args.gradient_stride, args.width, row);
       }
-      const T* next = table + args.ids[std::min(i + rows_ahead, last)] * args.table_stride;
-      args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, next, args.width);
+      const T* to_come = table + args.ids[std::min(i + rows_ahead, last)] * args.table_stride;
+      args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, args.width, [to_come](int64_t column) {
+        for (int64_t j = 0; j < kDotStep; j += kCacheLine) __builtin_prefetch(to_come + column + j);
+      });
     }
   }
 }

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "simd.h"
@@ -12,7 +11,6 @@ namespace {
 
 constexpr int kDotUnroll = 4;
 constexpr int64_t kDotStep = kDotUnroll * kLanes;
-constexpr size_t kCacheLine = 64;
 
 template <typename T>
 void widen(const T* x, int64_t width, float* out) {
@@ -21,16 +19,14 @@ void widen(const T* x, int64_t width, float* out) {
   for (; i < width; ++i) out[i] = to_float(x[i]);
 }
 
-// next: a row that is fetched into the cache meanwhile; it need not exist.
-template <typename T>
-float dot(const float* a, const T* b, const T* next, int64_t width) {
+// step(i): called at every kDotStep columns, to interleave other work with the arithmetic.
+template <typename T, typename Step>
+float dot(const float* a, const T* b, int64_t width, Step step) {
   Vec sums[kDotUnroll];
   for (int u = 0; u < kDotUnroll; ++u) sums[u] = broadcast(0.0f);
   int64_t i = 0;
   for (; i + kDotStep <= width; i += kDotStep) {
-    for (size_t byte = 0; byte < kDotStep * sizeof(T); byte += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(next + i) + byte);
-    }
+    step(i);
 #pragma GCC unroll 4
     for (int u = 0; u < kDotUnroll; ++u) {
       sums[u] = fma(load(a + i + u * kLanes), load(b + i + u * kLanes), sums[u]);
@@ -40,6 +36,11 @@ float dot(const float* a, const T* b, const T* next, int64_t width) {
   float sum = horizontal_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   for (; i < width; ++i) sum += a[i] * to_float(b[i]);
   return sum;
+}
+
+template <typename T>
+float dot(const float* a, const T* b, int64_t width) {
+  return dot(a, b, width, [](int64_t) {});
 }
 
 }  // namespace

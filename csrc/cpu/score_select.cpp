@@ -28,7 +28,7 @@ void rewards(const ScoreSelectArgs& args, const float* head) {
   for (int64_t i = 0; i < pairs; ++i) {
     const T* state =
         hidden + i / args.candidates * args.hidden_row_stride + i % args.candidates * args.hidden_candidate_stride;
-    args.reward[i] = dot(head, state, state + args.hidden_candidate_stride, args.width);
+    args.reward[i] = dot(head, state, args.width);
   }
 }
 
