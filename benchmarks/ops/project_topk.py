@@ -46,4 +46,5 @@ CASES = [
     case(20, 2048, 128256, torch.bfloat16, shown=True),
     case(64, 4096, 32000, torch.bfloat16),
     case(256, 1024, 128256, torch.bfloat16, memory=True),
+    case(256, 4096, 32000, torch.bfloat16),
 ]
