@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 AARCH64_CXX ?= aarch64-linux-gnu-g++
-AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp $(wildcard csrc/cpu/*.cpp))
+AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp csrc/errors.cpp $(wildcard csrc/cpu/*.cpp))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help

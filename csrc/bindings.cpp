@@ -31,6 +31,15 @@ struct Wire<ggro::DType> {
   static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
 };
 
+template <>
+struct Wire<ggro::HeadsView> {
+  using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  static ggro::HeadsView read(const Type& value) {
+    const auto [address, batch_stride, head_stride, token_stride] = value;
+    return {reinterpret_cast<const void*>(address), batch_stride, head_stride, token_stride};
+  }
+};
+
 // Stands for a field of any type where fields are counted.
 struct AnyField {
   template <typename T>
@@ -48,15 +57,6 @@ template <typename Args, typename... Fields>
 constexpr bool has_room_for(long) {
   return false;
 }
-
-template <>
-struct Wire<ggro::HeadsView> {
-  using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  static ggro::HeadsView read(const Type& value) {
-    const auto [address, batch_stride, head_stride, token_stride] = value;
-    return {reinterpret_cast<const void*>(address), batch_stride, head_stride, token_stride};
-  }
-};
 
 // Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
 template <typename Args, typename... Fields>

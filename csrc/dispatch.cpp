@@ -1,10 +1,9 @@
 #include <cstdlib>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
-#include "ggro/errors.h"
 #include "ggro/isa.h"
 #include "ggro/ops.h"
 
@@ -48,6 +47,11 @@ const std::vector<CpuKernels>& compiled_kernels() {
   return kernels;
 }
 
+#undef GGRO_BASELINE
+#undef GGRO_AVX2
+#undef GGRO_AVX512
+#undef GGRO_AVX512BF16
+
 const CpuKernels& selected_kernels() {
   const std::vector<CpuKernels>& kernels = compiled_kernels();
   // Read at every call, so that a process can compare the paths.
@@ -73,24 +77,6 @@ std::vector<std::string> available_isas() {
 }
 
 std::string selected_isa() { return selected_kernels().isa; }
-
-void throw_out_of_range(const char* argument, int64_t row, int64_t column, int64_t value, int64_t last,
-                        const char* meaning) {
-  throw std::out_of_range(std::string(argument) + "[" + std::to_string(row) + ", " + std::to_string(column) +
-                          "] must be in 0 .. " + std::to_string(last) + ", " + meaning + ", got " +
-                          std::to_string(value));
-}
-
-void throw_not_in_unit_interval(const char* argument, int64_t index, float value) {
-  std::ostringstream message;
-  message << argument << '[' << index << "] must be in [0, 1), got " << value;
-  throw std::invalid_argument(message.str());
-}
-
-void throw_out_of_range(const char* argument, int64_t index, int64_t value, int64_t last, const char* meaning) {
-  throw std::out_of_range(std::string(argument) + "[" + std::to_string(index) + "] must be in 0 .. " +
-                          std::to_string(last) + ", " + meaning + ", got " + std::to_string(value));
-}
 
 #define GGRO_DEFINE(op, Args) \
   void op(const Args& args) { selected_kernels().op(args); }

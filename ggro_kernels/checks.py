@@ -52,6 +52,17 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in {low} .. {high}, got {value}")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless `temperature` is in 1e-30 .. 1e30, where fp32 can divide by it."""
+    check_range("temperature", temperature, 1e-30, 1e30)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError unless `softcap` is None or in 1e-30 .. 1e30, where fp32 can divide by it."""
+    if softcap is not None:
+        check_range("softcap", softcap, 1e-30, 1e30)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

@@ -9,7 +9,7 @@ import torch
 
 import ggro_kernels
 from ggro_kernels import dispatch
-from ggro_kernels.library import NAMESPACE, registered_ops
+from ggro_kernels.library import NAMESPACE, registered_ops, takes_impl
 
 
 def capabilities() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def capabilities() -> dict[str, Any]:
         native.update(openmp=None, isas=[], isa=None)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     automatic = {device: dispatch.resolve("auto", torch.device(device), torch.float32) for device in devices}
+    eager = dict.fromkeys(devices, "reference")
     return {
         "versions": {
             "ggro_kernels": ggro_kernels.__version__,
@@ -43,7 +44,7 @@ def capabilities() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ.get(name) for name in ("GGRO_IMPL", "GGRO_CPU_ISA")},
-        "ops": {f"{NAMESPACE}::{op}": dict(automatic) for op in registered_ops()},
+        "ops": {f"{NAMESPACE}::{op}": dict(automatic if takes_impl(op) else eager) for op in registered_ops()},
     }
 
 

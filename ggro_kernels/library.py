@@ -70,6 +70,12 @@ def _differentiable(
     return call
 
 
+def takes_impl(op: str) -> bool:
+    """Whether `impl=` chooses what runs `op`; other ops are eager torch everywhere."""
+    arguments = getattr(getattr(torch.ops, NAMESPACE), op).default._schema.arguments
+    return any(argument.name == "impl" for argument in arguments)
+
+
 def registered_ops() -> tuple[str, ...]:
     """Names of the ops registered so far, in alphabetical order."""
     return tuple(sorted(_names))

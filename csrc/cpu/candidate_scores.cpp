@@ -7,11 +7,12 @@
 #include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace ggro::cpu {
 namespace {
 
-// Fewer multiply-adds than this per thread cost less than waking the thread.
+// Multiply-adds.
 constexpr int64_t kMinWorkPerThread = 1 << 16;
 
 // The rows lie anywhere, so that the processor cannot foresee them: so much is fetched before it is used.
@@ -21,8 +22,7 @@ template <typename G, typename T>
 void run(const CandidateScoresArgs& args) {
   const int64_t pairs = args.positions * args.candidates;
   if (pairs == 0) return;
-  const int threads = static_cast<int>(std::max<int64_t>(
-      1, std::min({static_cast<int64_t>(args.num_threads), pairs, pairs * args.width / kMinWorkPerThread})));
+  const int threads = thread_count(args.num_threads, pairs, pairs * args.width, kMinWorkPerThread);
   const G* gradient = static_cast<const G*>(args.gradient);
   const T* table = static_cast<const T*>(args.table);
   constexpr int64_t kCacheLine = 64 / sizeof(T);

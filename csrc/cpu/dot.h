@@ -12,13 +12,6 @@ namespace {
 constexpr int kDotUnroll = 4;
 constexpr int64_t kDotStep = kDotUnroll * kLanes;
 
-template <typename T>
-void widen(const T* x, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
-  for (; i < width; ++i) out[i] = to_float(x[i]);
-}
-
 // step(i): called at every kDotStep columns, to interleave other work with the arithmetic.
 template <typename T, typename Step>
 float dot(const float* a, const T* b, int64_t width, Step step) {

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "simd.h"
 #include "softmax_sums.h"
+#include "threads.h"
 #include "top_k.h"
 
 // Every row is cut into blocks of kBlock columns. A block is read once from memory into the first-level cache and there
@@ -23,12 +24,10 @@ namespace {
 constexpr int64_t kBlock = 2048;
 static_assert(kBlock % kStep == 0);
 
-// Fewer blocks than this per thread cost less than waking the thread.
 constexpr int64_t kMinBlocksPerThread = 16;
 
 // Columns fetched into the cache ahead of those that are read; the processor's own prefetcher falls behind.
 constexpr int64_t kFetchAhead = 512;
-constexpr size_t kCacheLine = 64;
 
 // Reads a block from memory into fp32 and takes the maximum of every lane. It does so in steps, which the sums of the
 // block before are interleaved with: reading keeps other units of the processor busy than arithmetic does.
@@ -94,12 +93,12 @@ class EntropyTopK {
  public:
   explicit EntropyTopK(const EntropyTopKArgs& args)
       : args_(args),
-        scale_(static_cast<float>(1.4426950408889634 / args.temperature)),
+        scale_(static_cast<float>(kLog2E<double> / args.temperature)),
         blocks_((args.vocab + kBlock - 1) / kBlock) {}
 
   void run() const {
     const int64_t units = args_.rows * blocks_;
-    const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(args_.num_threads, units / kMinBlocksPerThread));
+    const int64_t threads = thread_count(args_.num_threads, units, units, kMinBlocksPerThread);
     const std::unique_ptr<Candidate[]> candidates(new Candidate[threads * kSlots * TopK::capacity(args_.k)]);
     const std::unique_ptr<BlockSums[]> sums(new BlockSums[threads * kSlots * blocks_]);
     const std::unique_ptr<int32_t[]> lane_keys(new int32_t[threads * blocks_ * kLanes]);

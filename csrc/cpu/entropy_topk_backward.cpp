@@ -2,22 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "dtypes.h"
 #include "kernels.h"
 #include "narrow.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace ggro::cpu {
 namespace {
 
 constexpr int64_t kBlock = 4096;
 
-// Fewer blocks than this per thread cost less than waking the thread.
 constexpr int64_t kMinBlocksPerThread = 8;
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // What the gradients of a row have in common.
 struct Row {
@@ -36,7 +33,6 @@ struct Row {
 };
 
 inline float gradient_of(const Row& row, float logit) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const float log_probability = logit * row.inverse_temperature - row.logsumexp;
   if (row.zero() || logit == -kInfinity || log_probability == -kInfinity) return 0.0f;
   // An entropy of NaN matters only where its gradient is used.
@@ -46,10 +42,10 @@ inline float gradient_of(const Row& row, float logit) {
 
 template <typename T>
 void vector_gradients(const Row& row, const T* x, T* out) {
-  const Vec floor = broadcast(kExp2Floor / kLog2E);
+  const Vec floor = broadcast(kExp2Floor / kLog2E<float>);
   // The floor keeps a probability of zero from multiplying an infinity.
   const Vec log_probability = max(floor, fma(load(x), broadcast(row.inverse_temperature), broadcast(-row.logsumexp)));
-  const Vec probability = exp2_nonpositive(mul(log_probability, broadcast(kLog2E)));
+  const Vec probability = exp2_nonpositive(mul(log_probability, broadcast(kLog2E<float>)));
   const Vec slope =
       fma(broadcast(-row.entropy_slope), add(log_probability, broadcast(row.entropy)), broadcast(row.logsumexp_slope));
   store(out, mul(probability, slope));
@@ -72,8 +68,7 @@ template <typename T>
 void run(const EntropyTopKBackwardArgs& args) {
   const int64_t blocks = (args.vocab + kBlock - 1) / kBlock;
   const int64_t units = args.rows * blocks;
-  const int threads =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.num_threads, units / kMinBlocksPerThread)));
+  const int threads = thread_count(args.num_threads, units, units, kMinBlocksPerThread);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
 #endif

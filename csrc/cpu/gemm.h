@@ -134,6 +134,14 @@ void multiply_packed_tile(const Unit* a, int rows, const Unit* b, int64_t depth,
   }
 }
 
+template <typename Unit>
+constexpr int64_t kElementsPerUnit = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
+
+template <typename Unit>
+int64_t count_units(int64_t elements) {
+  return (elements + kElementsPerUnit<Unit> - 1) / kElementsPerUnit<Unit>;
+}
+
 // How a row of T is read as units: fp32 values, or the pairs that its bf16 values lie in.
 template <typename T>
 inline Vec load_row_units(const T* row, int64_t unit, float) {
@@ -159,13 +167,12 @@ inline BFloat16Pair load_unit(const T* row, int64_t unit, int64_t width, BFloat1
 // next unit, and the last one needs room for it. Lanes beyond `rows` repeat the last row.
 template <int kGroups, typename Unit, typename T>
 void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Unit* packed, int64_t packed_stride) {
-  constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
-  const int64_t units = (width + kElements - 1) / kElements;
+  const int64_t units = count_units<Unit>(width);
   for (int g = 0; g < kGroups; ++g) {
     const T* group[kLanes];
     for (int j = 0; j < kLanes; ++j) group[j] = x + std::min<int64_t>(g * kLanes + j, rows - 1) * stride;
     int64_t i = 0;
-    for (; (i + kLanes) * kElements <= width; i += kLanes) {
+    for (; (i + kLanes) * kElementsPerUnit<Unit> <= width; i += kLanes) {
       Vec tile[kLanes];
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(group[j], i, Unit());
@@ -183,26 +190,19 @@ void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, Un
   }
 }
 
-// packed[i * kTileColumns + j] = element i of row j, widened to fp32, for multiply_tile.
-template <typename T>
-void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* packed) {
-  pack_transposed<kTileVectors, float>(x, stride, rows, width, packed, kTileColumns);
-}
-
 // out[r, j] = sum over units i of a[r, i] times unit i of row j of x, for r < kRows and j < kLanes, as multiply_tile
 // gives them from x packed by pack_transposed, bit by bit. Columns beyond `rows` repeat the last row.
 template <int kRows, typename Unit, typename T>
 void multiply_transposed(const Unit* a, int64_t a_stride, const T* x, int64_t stride, int64_t rows, int64_t width,
                          float* out, int64_t out_stride) {
-  constexpr int64_t kElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
-  const int64_t units = (width + kElements - 1) / kElements;
+  const int64_t units = count_units<Unit>(width);
   const T* row_pointers[kLanes];
   for (int j = 0; j < kLanes; ++j) row_pointers[j] = x + std::min<int64_t>(j, rows - 1) * stride;
   Vec sums[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sums[r] = broadcast(0.0f);
   int64_t i = 0;
-  for (; (i + kLanes) * kElements <= width; i += kLanes) {
+  for (; (i + kLanes) * kElementsPerUnit<Unit> <= width; i += kLanes) {
     Vec tile[kLanes];
     for (int j = 0; j < kLanes; ++j) tile[j] = load_row_units(row_pointers[j], i, Unit());
     transpose(tile);

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "slab_product.h"
 #include "softmax_sums.h"
+#include "threads.h"
 #include "top_k.h"
 
 // Floor: one read of the weight, or 2 * rows * vocab * width operations, whichever takes longer; beside them one
@@ -16,7 +17,7 @@
 namespace ggro::cpu {
 namespace {
 
-// Fewer multiply-adds than this per thread cost less than waking the thread.
+// Multiply-adds.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 static_assert(kSlab % kStep == 0);
 
@@ -29,9 +30,8 @@ class LmHeadEntropyTopK {
         first_(first),
         rows_(std::min(kMaxRows, args.rows - first)),
         slabs_((args.vocab + kSlab - 1) / kSlab),
-        threads_(std::max<int64_t>(
-            1, std::min({static_cast<int64_t>(args.num_threads), slabs_,
-                         rows_ * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
+        threads_(thread_count(args.num_threads, slabs_, rows_ * args.vocab * std::max<int64_t>(args.width, 1),
+                              kMinWorkPerThread)),
         sums_(new BlockSums[rows_ * slabs_]),
         top_(threads_, rows_, args.k) {
     const H* hidden = static_cast<const H*>(args.hidden) + first * args.hidden_stride;
@@ -79,11 +79,9 @@ class LmHeadEntropyTopK {
     std::fill(x + columns, x + kSlab, -kInfinity);
     Vec largest = broadcast(-kInfinity);
     for (int64_t j = 0; j < kSlab; j += kLanes) largest = max(load(x + j), largest);
-    float lanes[kLanes];
-    store(lanes, largest);
     const int64_t padded = (columns + kStep - 1) / kStep * kStep;
-    const float scale = static_cast<float>(1.4426950408889634 / args_.temperature);
-    return block_sums(x, padded, *std::max_element(lanes, lanes + kLanes), scale, [] {});
+    const float scale = static_cast<float>(kLog2E<double> / args_.temperature);
+    return block_sums(x, padded, horizontal_max(largest), scale, [] {});
   }
 
   void write(int64_t row) {
@@ -91,13 +89,8 @@ class LmHeadEntropyTopK {
     for (int64_t slab = 0; slab < slabs_; ++slab) sums.fold(sums_[row * slabs_ + slab]);
     args_.entropy[first_ + row] = sums.entropy();
     args_.logsumexp[first_ + row] = sums.logsumexp();
-    const TopK& best = top_.merge(row);
-    float* values = args_.values + (first_ + row) * args_.k;
-    int64_t* indices = args_.indices + (first_ + row) * args_.k;
-    for (int64_t i = 0; i < args_.k; ++i) {
-      values[i] = candidate_value(best.candidates()[i]);
-      indices[i] = candidate_index(best.candidates()[i]);
-    }
+    const int64_t first = (first_ + row) * args_.k;
+    top_.merge(row).write(args_.values + first, args_.indices + first);
   }
 
   const LmHeadEntropyTopKArgs& args_;

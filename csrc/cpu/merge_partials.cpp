@@ -2,21 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 
 #include "dtypes.h"
 #include "kernels.h"
+#include "threads.h"
 #include "top_k.h"
 
 namespace ggro::cpu {
 namespace {
 
-// Fewer values than this per thread cost less than waking the thread.
 constexpr int64_t kMinValuesPerThread = 2048;
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Shard {
   int64_t offset;
@@ -51,7 +47,7 @@ void merge_statistics(const MergePartialsArgs& args, const Shard* shards, int64_
   }
   if (!std::isfinite(largest)) {
     args.merged_logsumexp[row] = static_cast<float>(largest);
-    args.merged_entropy[row] = static_cast<float>(kNaN);
+    args.merged_entropy[row] = kNaN;
     return;
   }
   double sum = 0.0;
@@ -95,9 +91,7 @@ void run(const MergePartialsArgs& args) {
   for (int64_t i = 0; i < args.shards; ++i) shards[i] = {args.offsets[i], i};
   std::sort(shards.get(), shards.get() + args.shards, Earlier());
   const int64_t values_per_row = args.shards * args.k;
-  const int threads = static_cast<int>(std::max<int64_t>(
-      1,
-      std::min({static_cast<int64_t>(args.num_threads), args.rows, args.rows * values_per_row / kMinValuesPerThread})));
+  const int threads = thread_count(args.num_threads, args.rows, args.rows * values_per_row, kMinValuesPerThread);
   const std::unique_ptr<Selected[]> selected(new Selected[threads * values_per_row]);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)

@@ -3,15 +3,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <type_traits>
 
+#include "dtypes.h"
 #include "gemm.h"
 #include "ggro/errors.h"
 #include "kernels.h"
 #include "narrow.h"
 #include "simd.h"
+#include "threads.h"
 
 // Floor: 2 (N + T) Hkv D elements read once, 2 Hq T N D multiply-adds for the scores and as many for the values, Hq T N
 // exponentials; branches add what little they see of each other. With few query rows it is bound by the read, with many
@@ -27,11 +28,8 @@ constexpr int64_t kMaxRows = 128;
 // Scores of a row, with room to work on whole vectors that begin at any of them.
 constexpr int64_t kScoreStride = kTileKeys + kLanes;
 
-// Fewer multiply-adds than this per thread cost less than waking the thread.
+// Multiply-adds.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -43,13 +41,6 @@ using KeyUnit = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Pair, fl
 template <typename T>
 using KeyUnit = float;
 #endif
-
-template <typename T>
-void widen(const T* x, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
-  for (; i < width; ++i) out[i] = to_float(x[i]);
-}
 
 template <typename T>
 void copy_units(const T* x, int64_t width, float* out) {
@@ -101,7 +92,7 @@ class QueryTile {
   QueryTile(const PrefixAttentionArgs& args, int64_t rows)
       : args_(args),
         group_(args.query_heads / args.key_heads),
-        units_(std::is_same_v<Unit, float> ? args.key_width : (args.key_width + 1) / 2),
+        units_(count_units<Unit>(args.key_width)),
         padded_width_(round_up(args.value_width, kTileColumns)) {
     const int64_t floats =
         rows * (units_ + kScoreStride + 1 + kLanes + padded_width_) + kTileColumns * units_ + kTileKeys * padded_width_;
@@ -250,11 +241,11 @@ class QueryTile {
   void scores_to_weights(int r, Range range, float* scores) {
     const int64_t width = round_up(range.end, kLanes);
     if (args_.softcap == 0) {
-      const Vec scale = broadcast(args_.scale * kLog2E);
+      const Vec scale = broadcast(args_.scale * kLog2E<float>);
       for (int64_t i = 0; i < width; i += kLanes) store(scores + i, mul(load(scores + i), scale));
     } else {
       const Vec scale = broadcast(args_.scale / args_.softcap);
-      const Vec softcap = broadcast(args_.softcap * kLog2E);
+      const Vec softcap = broadcast(args_.softcap * kLog2E<float>);
       for (int64_t i = 0; i < width; i += kLanes) store(scores + i, mul(tanh(mul(load(scores + i), scale)), softcap));
     }
     std::fill(scores, scores + range.first, -kInfinity);
@@ -287,9 +278,9 @@ class QueryTile {
 
   // Few rows wait for memory, not for arithmetic, and a decode step finds no layer's keys and values in a cache.
   static void prefetch(const T* rows, int64_t stride, int64_t width) {
-    constexpr int64_t kCacheLine = 64 / sizeof(T);
+    constexpr int64_t kStep = kCacheLine / sizeof(T);
     for (int i = 0; i < kLanes; ++i) {
-      for (int64_t j = 0; j < width; j += kCacheLine) __builtin_prefetch(rows + i * stride + j, 0, 2);
+      for (int64_t j = 0; j < width; j += kStep) __builtin_prefetch(rows + i * stride + j, 0, 2);
     }
   }
 
@@ -362,7 +353,7 @@ void run(const PrefixAttentionArgs& args) {
   const int64_t rows = args.tokens * (args.query_heads / args.key_heads);
   if (heads * rows == 0) return;
   const int64_t work = heads * rows * (args.prefix_tokens + args.tokens) * (args.key_width + args.value_width);
-  int64_t threads = std::max<int64_t>(1, std::min<int64_t>(args.num_threads, work / kMinWorkPerThread));
+  int64_t threads = thread_count(args.num_threads, heads * rows, work, kMinWorkPerThread);
   // Tiles as few as possible, since each reads the keys anew, but no thread without work.
   int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
   while (heads * tiles % threads != 0 && heads * tiles < 4 * threads && tiles < rows) ++tiles;
@@ -402,14 +393,7 @@ namespace GGRO_ISA {
 
 void prefix_attention(const PrefixAttentionArgs& args) {
   check_branches(args);
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args);
-    case DType::kBFloat16:
-      return run<BFloat16>(args);
-    case DType::kFloat16:
-      return run<Float16>(args);
-  }
+  with_dtype(args.dtype, [&](auto type) { run<decltype(type)>(args); });
 }
 
 }  // namespace GGRO_ISA

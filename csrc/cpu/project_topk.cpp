@@ -1,12 +1,12 @@
 #include "ggro/project_topk.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "dtypes.h"
 #include "kernels.h"
 #include "slab_product.h"
+#include "threads.h"
 #include "top_k.h"
 
 // Floor: one read of the table, and 2 * positions * vocab * width operations, whichever takes longer. Scores live in
@@ -14,7 +14,7 @@
 namespace ggro::cpu {
 namespace {
 
-// Fewer multiply-adds than this per thread cost less than waking the thread.
+// Multiply-adds.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 
 template <typename G, typename T>
@@ -26,9 +26,8 @@ class ProjectTopK {
         first_(first),
         positions_(std::min(kMaxRows, args.positions - first)),
         slabs_((args.vocab + kSlab - 1) / kSlab),
-        threads_(std::max<int64_t>(
-            1, std::min({static_cast<int64_t>(args.num_threads), slabs_,
-                         positions_ * args.vocab * std::max<int64_t>(args.width, 1) / kMinWorkPerThread}))),
+        threads_(thread_count(args.num_threads, slabs_, positions_ * args.vocab * std::max<int64_t>(args.width, 1),
+                              kMinWorkPerThread)),
         top_(threads_, positions_, args.k) {
     const G* gradient = static_cast<const G*>(args.gradient) + first * args.gradient_stride;
     products_.reserve(static_cast<size_t>(threads_));
@@ -47,13 +46,8 @@ class ProjectTopK {
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1)
 #endif
     for (int64_t position = 0; position < positions_; ++position) {
-      const TopK& best = top_.merge(position);
-      float* scores = args_.scores + (first_ + position) * args_.k;
-      int64_t* indices = args_.indices + (first_ + position) * args_.k;
-      for (int64_t i = 0; i < args_.k; ++i) {
-        scores[i] = candidate_value(best.candidates()[i]);
-        indices[i] = candidate_index(best.candidates()[i]);
-      }
+      const int64_t first = (first_ + position) * args_.k;
+      top_.merge(position).write(args_.scores + first, args_.indices + first);
     }
   }
 
@@ -77,7 +71,7 @@ class ProjectTopK {
     }
     if (args_.forbidden != nullptr) {
       for (int64_t j = 0; j < columns; ++j) {
-        if (args_.forbidden[first + j]) row[j] = -std::numeric_limits<float>::infinity();
+        if (args_.forbidden[first + j]) row[j] = -kInfinity;
       }
     }
   }

@@ -1,26 +1,24 @@
 #include "ggro/score_select.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 
 #include "dot.h"
 #include "dtypes.h"
 #include "ggro/errors.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace ggro::cpu {
 namespace {
 
-// Fewer multiply-adds than this per thread cost less than waking the thread.
+// Multiply-adds.
 constexpr int64_t kMinWorkPerThread = 1 << 16;
 
 template <typename T>
 void rewards(const ScoreSelectArgs& args, const float* head) {
   const int64_t pairs = args.rows * args.candidates;
-  const int threads = static_cast<int>(std::max<int64_t>(
-      1, std::min({static_cast<int64_t>(args.num_threads), pairs, pairs * args.width / kMinWorkPerThread})));
+  const int threads = thread_count(args.num_threads, pairs, pairs * args.width, kMinWorkPerThread);
   const T* hidden = static_cast<const T*>(args.hidden);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -65,7 +63,7 @@ void run(const ScoreSelectArgs& args) {
     for (int64_t i = row * args.candidates; i < (row + 1) * args.candidates; ++i) {
       const float logit = to_float(args.logits, args.logits_dtype, i);
       // Padding stays out of reach whatever its reward, which may be NaN.
-      const bool padding = logit == -std::numeric_limits<float>::infinity();
+      const bool padding = logit == -kInfinity;
       args.score[i] = padding ? logit : logit + args.weight * args.reward[i];
     }
     args.index[row] = select(args, row, cumulative.get());

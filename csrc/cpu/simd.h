@@ -1,8 +1,10 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "ggro/types.h"
 
@@ -15,6 +17,15 @@
 // instruction sets could be resolved by the linker to the copy that the processor cannot run.
 namespace ggro::cpu {
 namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+template <typename T>
+constexpr T kLog2E = static_cast<T>(1.4426950408889634);
+
+// Bytes that a prefetch brings in.
+constexpr size_t kCacheLine = 64;
 
 inline float to_float(float x) { return x; }
 
@@ -140,6 +151,13 @@ inline uint32_t not_less_equal(Vec x, Vec y) {
 inline Vec blend_less(Vec a, Vec b, Vec x, Vec y) { return a < b ? x : y; }
 
 #endif
+
+template <typename T>
+inline void widen(const T* x, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = to_float(x[i]);
+}
 
 // 2^z for z <= 0 or NaN, relative error below 2e-7, exactly 1 at 0 and exactly 0 at kExp2Floor.
 // Below kExp2Floor the result is undefined. Polynomials of degree 5, minimax in relative error with p(0) = 1.

@@ -4,7 +4,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "simd.h"
 
@@ -15,9 +14,6 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Sums of one block, shifted by its maximum, which ignores NaN. A NaN in the block makes `sum` NaN.
 struct BlockSums {

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -102,7 +101,7 @@ class TopK {
   void start_from(const int32_t* keys, int64_t count) {
     if (count < k_) return;
     const float reached = ordered_key_to_value(near_kth_largest(keys, count, k_));
-    if (reached == -std::numeric_limits<float>::infinity()) return;
+    if (reached == -kInfinity) return;
     // Below zero and denormals in one step: they may compare as equal to zero.
     threshold_ = std::fabs(reached) <= FLT_MIN ? -2 * FLT_MIN : ordered_key_to_value(ordered_key(reached) - 1);
     state_ = State::kThreshold;
@@ -152,6 +151,14 @@ class TopK {
     std::sort(buffer_, buffer_ + count_, Better());
   }
 
+  // Only once sorted.
+  void write(float* values, int64_t* indices) const {
+    for (int64_t i = 0; i < count_; ++i) {
+      values[i] = candidate_value(buffer_[i]);
+      indices[i] = candidate_index(buffer_[i]);
+    }
+  }
+
   const Candidate* candidates() const { return buffer_; }
   int64_t count() const { return count_; }
 
@@ -163,7 +170,7 @@ class TopK {
   int64_t k_;
   int64_t capacity_;
   int64_t count_ = 0;
-  float threshold_ = std::numeric_limits<float>::quiet_NaN();
+  float threshold_ = kNaN;
   State state_ = State::kAcceptAll;
 };
 

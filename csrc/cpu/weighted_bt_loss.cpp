@@ -8,20 +8,19 @@
 #include "ggro/errors.h"
 #include "kernels.h"
 #include "narrow.h"
+#include "threads.h"
 
 namespace ggro::cpu {
 namespace {
 
-// Fewer pairs than this per thread cost less than waking the thread.
 constexpr int64_t kMinPairsPerThread = 4096;
 
 double weight_of(const WeightedBTLossArgs& args, int64_t pair) {
   return to_float(args.weights, args.weights_dtype, pair);
 }
 
-int thread_count(const WeightedBTLossArgs& args) {
-  return static_cast<int>(std::max<int64_t>(
-      1, std::min({static_cast<int64_t>(args.num_threads), args.rows, args.rows * args.pairs / kMinPairsPerThread})));
+int threads_for(const WeightedBTLossArgs& args) {
+  return thread_count(args.num_threads, args.rows, args.rows * args.pairs, kMinPairsPerThread);
 }
 
 // What every pair is multiplied by, after a check of all positions.
@@ -88,7 +87,7 @@ void row_gradients(const WeightedBTLossArgs& args, int64_t row, double scale, do
 template <typename T>
 void run_backward(const WeightedBTLossArgs& args) {
   const double scale = scale_of(args) * *args.loss_gradient;
-  const int threads = thread_count(args);
+  const int threads = threads_for(args);
   const int64_t length = args.chosen_length + args.rejected_length;
   const std::unique_ptr<double[]> gradients(new double[threads * length]);
 #ifdef _OPENMP
@@ -109,7 +108,7 @@ namespace GGRO_ISA {
 void weighted_bt_loss(const WeightedBTLossArgs& args) {
   const double scale = scale_of(args);
   const std::unique_ptr<double[]> losses(new double[args.rows]);
-  const int threads = thread_count(args);
+  const int threads = threads_for(args);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
 #endif

@@ -7,22 +7,25 @@ import torch
 from ggro_kernels.candidate_scores import native, reference
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
+from ggro_kernels.precision import accumulation_dtype
 
 
 def _run(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: str) -> torch.Tensor:
     if resolve(impl, gradient.device, gradient.dtype, table.dtype) == "native":
         return native.candidate_scores(gradient, table, ids)
-    return reference.candidate_scores(gradient.detach(), table.detach(), ids)
+    with torch.no_grad():
+        return reference.candidate_scores(gradient, table, ids)
 
 
 def _fake(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: str) -> torch.Tensor:
-    return gradient.new_empty(ids.shape, dtype=reference.score_dtype(gradient, table))
+    return gradient.new_empty(ids.shape, dtype=accumulation_dtype(gradient, table))
 
 
 def _run_gradient_gradient(
     scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    return reference.gradient_gradient(scores_gradient.detach(), gradient.detach(), table.detach(), ids)
+    with torch.no_grad():
+        return reference.gradient_gradient(scores_gradient, gradient, table, ids)
 
 
 def _fake_gradient_gradient(
@@ -34,7 +37,8 @@ def _fake_gradient_gradient(
 def _run_table_gradient(
     scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    return reference.table_gradient(scores_gradient.detach(), gradient.detach(), table.detach(), ids)
+    with torch.no_grad():
+        return reference.table_gradient(scores_gradient, gradient, table, ids)
 
 
 def _fake_table_gradient(

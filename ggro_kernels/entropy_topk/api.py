@@ -4,11 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from ggro_kernels.checks import check_floating, check_k, check_range, check_tensor
+from ggro_kernels.checks import check_floating, check_k, check_temperature, check_tensor
 from ggro_kernels.dispatch import check_impl
 from ggro_kernels.entropy_topk.ops import entropy_topk_op
-
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 
 
 class EntropyTopK(NamedTuple):
@@ -53,6 +51,6 @@ def entropy_topk(logits: torch.Tensor, k: int, *, temperature: float = 1.0, impl
     check_tensor("logits", logits, "[R, V]")
     check_floating("logits", logits)
     check_k(k, logits.shape[1])
-    check_range("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+    check_temperature(temperature)
     check_impl(impl)
     return EntropyTopK(*entropy_topk_op(logits, k, temperature, impl))

@@ -7,6 +7,7 @@ import torch
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.entropy_topk import native, reference
 from ggro_kernels.library import register
+from ggro_kernels.precision import accumulation_dtype
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -14,12 +15,13 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def _run(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Outputs:
     if resolve(impl, logits.device, logits.dtype) == "native":
         return native.entropy_topk(logits, k, temperature)
-    return reference.entropy_topk(logits.detach(), k, temperature)
+    with torch.no_grad():
+        return reference.entropy_topk(logits, k, temperature)
 
 
 def _fake(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Outputs:
     rows = logits.shape[0]
-    statistics = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    statistics = accumulation_dtype(logits)
     return (
         logits.new_empty(rows, dtype=statistics),
         logits.new_empty(rows, dtype=statistics),
@@ -39,11 +41,12 @@ def _run_backward(
     temperature: float,
     impl: str,
 ) -> torch.Tensor:
-    gradients = entropy_gradient.detach(), logsumexp_gradient.detach(), values_gradient.detach()
-    saved = logits.detach(), entropy.detach(), logsumexp.detach(), indices
+    gradients = entropy_gradient, logsumexp_gradient, values_gradient
+    saved = logits, entropy, logsumexp, indices
     if resolve(impl, logits.device, logits.dtype) == "native":
         return native.entropy_topk_backward(*gradients, *saved, temperature)
-    return reference.entropy_topk_backward(*gradients, *saved, temperature)
+    with torch.no_grad():
+        return reference.entropy_topk_backward(*gradients, *saved, temperature)
 
 
 def _fake_backward(

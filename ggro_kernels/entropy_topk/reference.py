@@ -2,6 +2,7 @@
 
 import torch
 
+from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.selection import top_k_indices
 
 
@@ -9,7 +10,7 @@ def entropy_topk(
     logits: torch.Tensor, k: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(entropy[R], logsumexp[R], values[R, k], indices[R, k])` of logits [R, V]; fp64 logits are computed in fp64."""
-    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(logits)
     x = logits.to(accumulate) / temperature
 
     # NaN is greater than any maximum, so amax carries it into everything below.

@@ -2,12 +2,10 @@
 
 import torch
 
-from ggro_kernels.checks import check_floating, check_k, check_per_token, check_range, check_tensor
+from ggro_kernels.checks import check_floating, check_k, check_per_token, check_softcap, check_temperature, check_tensor
 from ggro_kernels.dispatch import check_impl
-from ggro_kernels.entropy_topk.api import MAX_TEMPERATURE, MIN_TEMPERATURE, EntropyTopK
+from ggro_kernels.entropy_topk.api import EntropyTopK
 from ggro_kernels.lm_head_entropy_topk.ops import lm_head_entropy_topk_op
-
-MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
 
 
 def lm_head_entropy_topk(
@@ -59,8 +57,7 @@ def lm_head_entropy_topk(
     if bias is not None:
         check_per_token("bias", bias, vocab, like=hidden)
         check_floating("bias", bias)
-    if softcap is not None:
-        check_range("softcap", softcap, MIN_SOFTCAP, MAX_SOFTCAP)
-    check_range("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+    check_softcap(softcap)
+    check_temperature(temperature)
     check_impl(impl)
     return EntropyTopK(*lm_head_entropy_topk_op(hidden, weight, k, bias, softcap, temperature, impl))

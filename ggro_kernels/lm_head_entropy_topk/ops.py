@@ -5,6 +5,7 @@ import torch
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.lm_head_entropy_topk import native, reference
+from ggro_kernels.precision import accumulation_dtype
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -34,7 +35,7 @@ def _fake(
     impl: str,
 ) -> Outputs:
     rows = hidden.shape[0]
-    dtype = reference.logit_dtype(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     return (
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),

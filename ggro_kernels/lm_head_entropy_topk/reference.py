@@ -3,11 +3,7 @@
 import torch
 
 from ggro_kernels.entropy_topk.reference import entropy_topk
-
-
-def logit_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The dtype of the logits and of all that is computed from them."""
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+from ggro_kernels.precision import accumulation_dtype
 
 
 def lm_head_entropy_topk(
@@ -19,7 +15,7 @@ def lm_head_entropy_topk(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(entropy[R], logsumexp[R], values[R, k], indices[R, k])` of hidden [R, d], weight [V, d] and bias [V]."""
-    dtype = logit_dtype(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     logits = hidden.to(dtype) @ weight.to(dtype).t()  # [R, V]
     if bias is not None:
         logits = logits + bias.to(dtype)

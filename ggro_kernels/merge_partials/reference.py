@@ -2,6 +2,8 @@
 
 import torch
 
+from ggro_kernels.selection import top_k_indices
+
 
 def merge_partials(
     entropy: torch.Tensor, logsumexp: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor
@@ -20,7 +22,5 @@ def merge_partials(
     candidates = values.transpose(0, 1).flatten(1)  # [R, S * k]
     positions = (indices + offsets[:, None, None]).transpose(0, 1).flatten(1)
     by_index = positions.argsort(dim=1)
-    # A stable descending sort keeps equal values in index order; it puts NaN first. Adding zero turns -0.0 into +0.0.
-    by_value = (candidates.gather(1, by_index) + 0.0).sort(dim=1, descending=True, stable=True).indices
-    best = by_index.gather(1, by_value[:, : values.shape[2]])
+    best = by_index.gather(1, top_k_indices(candidates.gather(1, by_index), values.shape[2]))
     return merged.to(entropy.dtype), whole.to(entropy.dtype), candidates.gather(1, best), positions.gather(1, best)

@@ -1,10 +1,8 @@
 """Attention of branches that share a prefix."""
 
-import math
-
 import torch
 
-from ggro_kernels.checks import check_floating, check_int64, check_tensor
+from ggro_kernels.checks import check_floating, check_int64, check_shape, check_softcap, check_tensor
 from ggro_kernels.dispatch import check_impl
 from ggro_kernels.prefix_attention.ops import prefix_attention_op
 
@@ -40,9 +38,10 @@ def prefix_attention(
         prefix_lengths: [B] int64, how many of the N prefix tokens a row has; what lies beyond them is not read. Default
             N.
         scale: factor of query times key, D ** -0.5 by default.
-        softcap: scores become `softcap * tanh(scores / softcap)` before the softmax (Gemma 2, arXiv:2408.00118).
-        window: sliding window in tokens; token `i`, at position `p = prefix_length + i - branch_starts[b, i]`, attends
-            to positions above `p - window` only.
+        softcap: 1e-30 .. 1e30; scores become `softcap * tanh(scores / softcap)` before the softmax (Gemma 2,
+            arXiv:2408.00118).
+        window: sliding window of 1 or more tokens; token `i`, whose position is
+            `p = prefix_length + i - branch_starts[b, i]`, attends to positions above `p - window` only.
         impl: "auto", "native", "triton" or "reference"; an explicit request runs or raises.
 
     Returns:
@@ -72,21 +71,17 @@ def prefix_attention(
     ):
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must be of the query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)} to go with the others, got {list(tensor.shape)}")
+        check_shape(name, tensor, shape, "the others")
     if key_heads == 0 or query_heads % key_heads != 0:
         raise ValueError(f"query must have a multiple of the Hkv={key_heads} key heads, got Hq={query_heads}")
     check_tensor("branch_starts", branch_starts, "[B, T]", like=query)
     check_int64("branch_starts", branch_starts)
-    if branch_starts.shape != (batch, tokens):
-        raise ValueError(f"branch_starts must have shape [B, T] = [{batch}, {tokens}], got {list(branch_starts.shape)}")
+    check_shape("branch_starts", branch_starts, (batch, tokens), "query")
     if prefix_lengths is not None:
         check_tensor("prefix_lengths", prefix_lengths, "[B]", like=query)
         check_int64("prefix_lengths", prefix_lengths)
-        if prefix_lengths.shape != (batch,):
-            raise ValueError(f"prefix_lengths must have shape [B] = [{batch}], got {list(prefix_lengths.shape)}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap}")
+        check_shape("prefix_lengths", prefix_lengths, (batch,), "query")
+    check_softcap(softcap)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None for no window, got {window}")
     check_impl(impl)

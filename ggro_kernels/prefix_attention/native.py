@@ -3,7 +3,7 @@
 import torch
 
 from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
 
 _NO_WINDOW = 2**62
 
@@ -43,7 +43,7 @@ def prefix_attention(
         _view(branch_key),
         _view(branch_value),
         branch_starts.data_ptr(),
-        0 if prefix_lengths is None else prefix_lengths.data_ptr(),
+        address(prefix_lengths),
         batch,
         query_heads,
         key_heads,

@@ -20,24 +20,11 @@ def _run(
     window: int | None,
     impl: str,
 ) -> torch.Tensor:
-    run = native.prefix_attention
-    if resolve(impl, query.device, query.dtype) != "native":
-        run = reference.prefix_attention
-        query, prefix_key, prefix_value, branch_key, branch_value = (
-            x.detach() for x in (query, prefix_key, prefix_value, branch_key, branch_value)
-        )
-    return run(
-        query,
-        prefix_key,
-        prefix_value,
-        branch_key,
-        branch_value,
-        branch_starts,
-        prefix_lengths,
-        scale,
-        softcap,
-        window,
-    )
+    tensors = query, prefix_key, prefix_value, branch_key, branch_value, branch_starts, prefix_lengths
+    if resolve(impl, query.device, query.dtype) == "native":
+        return native.prefix_attention(*tensors, scale, softcap, window)
+    with torch.no_grad():
+        return reference.prefix_attention(*tensors, scale, softcap, window)
 
 
 def _fake(

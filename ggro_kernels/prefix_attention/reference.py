@@ -3,6 +3,7 @@
 import torch
 
 from ggro_kernels.checks import check_indices
+from ggro_kernels.precision import accumulation_dtype
 
 
 def prefix_attention(
@@ -35,7 +36,7 @@ def prefix_attention(
         branch_position = position - token[:, None] + token
         visible &= torch.cat([prefix_position, branch_position], 2) > position - window
 
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(query)
     group = query.shape[1] // prefix_key.shape[1]
     key, value = (
         torch.cat([prefix, branch], 2).to(accumulate).repeat_interleave(group, 1)

@@ -4,6 +4,7 @@ import torch
 
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
+from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.project_topk import native, reference
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +33,7 @@ def _fake(
     impl: str,
 ) -> Outputs:
     shape = (gradient.shape[0], k)
-    scores = gradient.new_empty(shape, dtype=reference.score_dtype(gradient, table))
+    scores = gradient.new_empty(shape, dtype=accumulation_dtype(gradient, table))
     return scores, gradient.new_empty(shape, dtype=torch.int64)
 
 

@@ -2,12 +2,8 @@
 
 import torch
 
+from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.selection import top_k_indices
-
-
-def score_dtype(gradient: torch.Tensor, table: torch.Tensor) -> torch.dtype:
-    """The dtype of accumulation and result."""
-    return torch.float64 if torch.float64 in (gradient.dtype, table.dtype) else torch.float32
 
 
 def project_topk(
@@ -18,7 +14,7 @@ def project_topk(
     forbidden: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(scores[P, k], indices[P, k])` of gradient [P, d], table [V, d], bias [V] and forbidden [V]."""
-    accumulate = score_dtype(gradient, table)
+    accumulate = accumulation_dtype(gradient, table)
     scores = gradient.to(accumulate) @ table.to(accumulate).t()  # [P, V]
     if bias is not None:
         scores = scores + bias.to(accumulate)

@@ -4,12 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from ggro_kernels.checks import check_choice, check_floating, check_range, check_shape, check_tensor
+from ggro_kernels.checks import check_choice, check_floating, check_range, check_shape, check_temperature, check_tensor
 from ggro_kernels.dispatch import check_impl
 from ggro_kernels.score_select.ops import score_select_op
-
-MAX_WEIGHT = 1e30
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 
 
 class ScoreSelect(NamedTuple):
@@ -43,7 +40,7 @@ def score_select(
         head: [d], the linear reward head, one of the same dtypes.
         logits: [B, k] policy logits of the candidates, k >= 1, one of the same dtypes. -inf marks padding, whose score
             is -inf whatever its reward.
-        weight: finite, multiplies the rewards (w of ARGS).
+        weight: -1e30 .. 1e30, multiplies the rewards (w of ARGS).
         mode: "greedy" takes the first of the largest score, where -0.0 equals +0.0 and NaN is the largest;
             "categorical" samples from `softmax(score / temperature)` by the uniform given: the smallest j whose
             cumulative sum, in index order and fp64, exceeds `uniform * total`. Where the largest score is not finite
@@ -76,8 +73,8 @@ def score_select(
         raise ValueError(f"hidden must have one candidate or more, got shape {list(hidden.shape)}")
     check_shape("head", head, (width,), "hidden")
     check_shape("logits", logits, (rows, candidates), "hidden")
-    check_range("weight", weight, -MAX_WEIGHT, MAX_WEIGHT)
-    check_range("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+    check_range("weight", weight, -1e30, 1e30)
+    check_temperature(temperature)
     check_choice("mode", mode, ("greedy", "categorical"))
     if (uniforms is None) != (mode == "greedy"):
         wanted = "needs uniforms [B]" if uniforms is None else "takes no uniforms: leave them out"

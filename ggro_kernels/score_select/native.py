@@ -3,7 +3,7 @@
 import torch
 
 from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
 
 
 def score_select(
@@ -30,7 +30,7 @@ def score_select(
         DTYPE_CODES[head.dtype],
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
-        0 if uniforms is None else uniforms.data_ptr(),
+        address(uniforms),
         rows,
         candidates,
         width,

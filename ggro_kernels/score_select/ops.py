@@ -4,6 +4,7 @@ import torch
 
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
+from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.score_select import native, reference
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -20,7 +21,8 @@ def _run(
 ) -> Outputs:
     if resolve(impl, hidden.device, hidden.dtype, head.dtype, logits.dtype) == "native":
         return native.score_select(hidden, head, logits, weight, temperature, uniforms)
-    return reference.score_select(hidden.detach(), head.detach(), logits.detach(), weight, temperature, uniforms)
+    with torch.no_grad():
+        return reference.score_select(hidden, head, logits, weight, temperature, uniforms)
 
 
 def _fake(
@@ -32,7 +34,7 @@ def _fake(
     uniforms: torch.Tensor | None,
     impl: str,
 ) -> Outputs:
-    dtype = reference.score_dtype(hidden, head, logits)
+    dtype = accumulation_dtype(hidden, head, logits)
     return (
         logits.new_empty(logits.shape[0], dtype=torch.int64),
         logits.new_empty(logits.shape, dtype=dtype),

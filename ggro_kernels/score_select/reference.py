@@ -3,11 +3,7 @@
 import torch
 
 from ggro_kernels.checks import check_unit_interval
-
-
-def score_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype of accumulation and result."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+from ggro_kernels.precision import accumulation_dtype
 
 
 def score_select(
@@ -19,7 +15,7 @@ def score_select(
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(index[B], reward[B, k], score[B, k])`; greedy without uniforms."""
-    accumulate = score_dtype(hidden, head, logits)
+    accumulate = accumulation_dtype(hidden, head, logits)
     reward = (hidden.to(accumulate) * head.to(accumulate)).sum(2).contiguous()
     logits = logits.to(accumulate).contiguous()
     # Padding stays out of reach whatever its reward, which may be NaN.

@@ -6,6 +6,7 @@ import torch
 
 from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
+from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.weighted_bt_loss import native, reference
 
 
@@ -18,17 +19,11 @@ def _run(
     reduction: str,
     impl: str,
 ) -> torch.Tensor:
-    pairs = (
-        chosen_rewards.detach(),
-        rejected_rewards.detach(),
-        chosen_positions,
-        rejected_positions,
-        weights.detach(),
-        reduction,
-    )
+    pairs = chosen_rewards, rejected_rewards, chosen_positions, rejected_positions, weights, reduction
     if resolve(impl, weights.device, chosen_rewards.dtype, weights.dtype) == "native":
         return native.weighted_bt_loss(*pairs)
-    return reference.weighted_bt_loss(*pairs)
+    with torch.no_grad():
+        return reference.weighted_bt_loss(*pairs)
 
 
 def _fake(
@@ -40,7 +35,7 @@ def _fake(
     reduction: str,
     impl: str,
 ) -> torch.Tensor:
-    return chosen_rewards.new_empty((), dtype=reference.loss_dtype(chosen_rewards, weights))
+    return chosen_rewards.new_empty((), dtype=accumulation_dtype(chosen_rewards, weights))
 
 
 def _run_backward(
@@ -53,18 +48,11 @@ def _run_backward(
     reduction: str,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = (
-        loss_gradient.detach(),
-        chosen_rewards.detach(),
-        rejected_rewards.detach(),
-        chosen_positions,
-        rejected_positions,
-        weights.detach(),
-        reduction,
-    )
+    pairs = chosen_rewards, rejected_rewards, chosen_positions, rejected_positions, weights, reduction
     if resolve(impl, weights.device, chosen_rewards.dtype, weights.dtype) == "native":
-        return native.weighted_bt_loss_backward(*pairs)
-    return reference.weighted_bt_loss_backward(*pairs)
+        return native.weighted_bt_loss_backward(loss_gradient, *pairs)
+    with torch.no_grad():
+        return reference.weighted_bt_loss_backward(loss_gradient, *pairs)
 
 
 def _fake_backward(

@@ -4,11 +4,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ggro_kernels.checks import check_indices
-
-
-def loss_dtype(rewards: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
-    """The dtype of the loss, which is accumulated in fp64 in any case."""
-    return torch.float64 if torch.float64 in (rewards.dtype, weights.dtype) else torch.float32
+from ggro_kernels.precision import accumulation_dtype
 
 
 def _gather(name: str, rewards: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -47,7 +43,7 @@ def weighted_bt_loss(
     _, _, margins, exact_weights, count = _pairs(
         chosen_rewards, rejected_rewards, chosen_positions, rejected_positions, weights, reduction
     )
-    return (-(exact_weights * logsigmoid(margins)).sum() / count).to(loss_dtype(chosen_rewards, weights))
+    return (-(exact_weights * logsigmoid(margins)).sum() / count).to(accumulation_dtype(chosen_rewards, weights))
 
 
 def weighted_bt_loss_backward(

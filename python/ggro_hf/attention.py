@@ -34,7 +34,12 @@ def pack_branches(
 
     Returns:
         `input_ids`, `position_ids` and `branch_starts`, each [1, T] int64 for the T tokens of all branches in order.
+
+    Raises:
+        ValueError: no branches, or one without tokens.
     """
+    if not branches:
+        raise ValueError("branches must be at least one, got none")
     if not all(branches):
         raise ValueError(f"branches must have at least one token each, got lengths {[len(x) for x in branches]}")
     lengths = torch.tensor([len(branch) for branch in branches], dtype=torch.int64)

@@ -159,6 +159,8 @@ def test_pack_branches() -> None:
     assert packed["input_ids"].tolist() == [[5, 7, 9, 11, 4, 4]]
     assert packed["position_ids"].tolist() == [[10, 10, 11, 12, 10, 11]]
     assert packed["branch_starts"].tolist() == [[0, 1, 1, 1, 4, 4]]
+    with pytest.raises(ValueError, match="branches must be at least one, got none"):
+        pack_branches([], 3)
     with pytest.raises(ValueError, match=r"branches must have at least one token each, got lengths \[1, 0\]"):
         pack_branches([[5], []], 10)
 

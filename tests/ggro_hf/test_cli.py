@@ -20,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import ggro_kernels
 from ggro_hf import GGRO, BestOfN, Greedy, RewardModel, demo_models, generate
 from ggro_hf.cli import demo, main, self_check
+from ggro_kernels import dispatch
+from ggro_kernels.library import registered_ops
 from tests.ggro_hf.small_models import END_OF_TURN, small_policy, small_reward, small_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -400,7 +403,7 @@ def test_doctor_passes_here_and_checks_a_pair(models, capsys):
     code, out, _ = run(capsys, "doctor", *pair(models))
     assert code == 0
     assert "all checks passed" in out
-    for shown in (torch.__version__, "entropy_topk, reference: 15 cases ok", "candidate_scores", "LlamaForCausalLM"):
+    for shown in (torch.__version__, "entropy_topk, reference: 24 cases ok", "LlamaForCausalLM"):
         assert shown in out
 
 
@@ -411,18 +414,39 @@ def test_doctor_fails_for_a_pair_that_cannot_work(models, capsys):
     assert run(capsys, "doctor", "--policy", models["policy"])[0] == 2
 
 
-def test_doctor_fails_where_a_kernel_is_wrong(models, capsys, monkeypatch):
-    right = self_check.entropy_topk
+def test_the_self_check_covers_every_op():
+    results = list(self_check.check_kernels())
+    assert {result.op for result in results} == set(registered_ops()) & set(ggro_kernels.__all__)
+    assert all(result.failure is None and result.cases >= 9 for result in results)
 
-    def slightly_wrong(logits, k, impl):
-        result = right(logits, k, impl=impl)
-        return result._replace(entropy=result.entropy * (1 + 1e-4))
 
-    monkeypatch.setattr(self_check, "entropy_topk", slightly_wrong)
+def slightly_wrong(tensor):
+    """Off by a ten thousandth, or by one where it holds integers."""
+    return tensor + 1 if tensor.dtype == torch.int64 else tensor * (1 + 1e-4)
+
+
+@pytest.mark.skipif(dispatch.native_error is not None, reason=f"native: {dispatch.native_error}")
+@pytest.mark.parametrize(
+    ("op", "output", "spoil"),
+    [
+        ("entropy_topk", "entropy", lambda result: result._replace(entropy=slightly_wrong(result.entropy))),
+        ("project_topk", "indices", lambda result: result._replace(indices=slightly_wrong(result.indices))),
+        ("prefix_attention", "output", slightly_wrong),
+        ("candidate_scores", "gradient of gradient", lambda scores: slightly_wrong(scores) - 1e-4 * scores.detach()),
+    ],
+)
+def test_doctor_fails_where_a_kernel_is_wrong(models, capsys, monkeypatch, op, output, spoil):
+    right = getattr(ggro_kernels, op)
+
+    def wrong(*, impl, **arguments):
+        result = right(**arguments, impl=impl)
+        return spoil(result) if impl == "native" else result
+
+    monkeypatch.setattr(ggro_kernels, op, wrong)
     code, out, _ = run(capsys, "doctor", *pair(models))
     assert code == 1
-    assert "entropy_topk, reference: FAILED: entropy of" in out
-    assert "candidate_scores, reference: 12 cases ok" in out
+    assert f"{op}, native: FAILED: {output} of {op}(" in out
+    assert out.count("FAILED: ") == 1
 
 
 def test_demo_writes_the_table_the_page_and_the_figures(models, capsys, tmp_path, monkeypatch):

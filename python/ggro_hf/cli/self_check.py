@@ -2,23 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 
-from ggro_kernels import candidate_scores, dispatch, entropy_topk
-from ggro_kernels.candidate_scores.reference import candidate_scores as candidate_scores_reference
-from ggro_kernels.entropy_topk.reference import entropy_topk as entropy_topk_reference
-from ggro_kernels.testing import assert_exact_selection, assert_within_budget
+import ggro_kernels
+from ggro_kernels import dispatch
+from ggro_kernels.testing import assert_within_budget
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# (rows, vocabulary, k): an odd and an even vocabulary, one entry, no rows.
-_ENTROPY_SHAPES = ((2, 128_257, 25), (3, 32_000, 8), (4, 901, 256), (5, 1, 1), (0, 50, 4))
-
-# (positions, width, vocabulary, k)
-_SCORE_SHAPES = ((1, 4096, 2000, 25), (3, 64, 901, 25), (4, 37, 50, 3), (0, 16, 10, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,63 +26,157 @@ class CheckResult:
 
 
 def check_kernels() -> Iterator[CheckResult]:
-    """Check every op in every implementation that this machine can run."""
+    """Check every op, and its gradient where it has one, in every implementation that this machine can run."""
     impls = ["reference"] + (["native"] if dispatch.native_error is None else [])
-    for name, cases in (("entropy_topk", _entropy_cases), ("candidate_scores", _score_cases)):
+    for op, make_cases in _CASES.items():
         for impl in impls:
-            yield _check(name, impl, cases(impl))
+            yield _check(op, impl, (case for dtype in _DTYPES for case in make_cases(dtype)))
 
 
-def _check(op: str, impl: str, cases: Iterator[Callable[[], None]]) -> CheckResult:
+Case = dict[str, Any]
+"""Arguments of an op; the gradients of those that require one are checked too."""
+
+
+def _check(op: str, impl: str, cases: Iterator[Case]) -> CheckResult:
     start = perf_counter()
     count = 0
     failure = None
     try:
         for case in cases:
-            case()
+            _check_case(op, impl, case)
             count += 1
     except (AssertionError, RuntimeError) as error:
         failure = str(error)
     return CheckResult(op, impl, count, perf_counter() - start, failure)
 
 
-def _entropy_cases(impl: str) -> Iterator[Callable[[], None]]:
-    for dtype in _DTYPES:
-        for seed, (rows, vocabulary, k) in enumerate(_ENTROPY_SHAPES):
-            logits = (8 * _random(seed, rows, vocabulary)).to(dtype)
-            if rows and vocabulary > 3:
-                logits[0, ::3] = -torch.inf
-                logits[-1, 1] = torch.nan if dtype is torch.float32 else logits[-1, 0]
-            yield partial(_check_entropy, logits, k, impl)
+def _check_case(op: str, impl: str, case: Case) -> None:
+    actual = _results(op, impl, case)
+    plain = _results(op, "reference", case)
+    # Uniforms are fp32 in any precision.
+    exact = {name: value if name == "uniforms" else _in_fp64(value) for name, value in case.items()}
+    oracle = _results(op, "reference", exact)
+    shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in case.items() if isinstance(x, torch.Tensor))
+    for name, expected in oracle.items():
+        what = f"{name} of {op}({shapes})"
+        if expected.is_floating_point():
+            assert_within_budget(actual[name], plain[name], expected, what=what)
+        elif not torch.equal(actual[name], expected):
+            raise AssertionError(f"{what}: differs from the reference")
 
 
-def _check_entropy(logits: torch.Tensor, k: int, impl: str) -> None:
-    actual = entropy_topk(logits, k, impl=impl)
-    plain = entropy_topk_reference(logits, k, 1.0)
-    oracle = entropy_topk_reference(logits.double(), k, 1.0)
-    what = f"{list(logits.shape)} {logits.dtype}"
-    for index, part in enumerate(("entropy", "logsumexp")):
-        assert_within_budget(actual[index], plain[index], oracle[index], what=f"{part} of {what}")
-    assert_exact_selection(actual.values, actual.indices, logits, what=f"top {k} of {what}")
+def _results(op: str, impl: str, case: Case) -> dict[str, torch.Tensor]:
+    """Outputs by name, and the gradients of the sum of all float outputs."""
+    output = getattr(ggro_kernels, op)(**case, impl=impl)
+    results = {"output": output} if isinstance(output, torch.Tensor) else output._asdict()
+    inputs = {name: x for name, x in case.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    if inputs:
+        total = torch.stack([x.sum() for x in results.values() if x.is_floating_point()]).sum()
+        gradients = torch.autograd.grad(total, list(inputs.values()))
+        results |= {f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+    return {name: result.detach() for name, result in results.items()}
 
 
-def _score_cases(impl: str) -> Iterator[Callable[[], None]]:
-    for dtype in _DTYPES:
-        for seed, (positions, width, vocabulary, k) in enumerate(_SCORE_SHAPES):
-            gradient = _random(seed, positions, width).to(dtype)
-            table = _random(seed + 100, vocabulary, width).to(dtype)
-            generator = torch.Generator().manual_seed(seed)
-            ids = torch.randint(vocabulary, (positions, k), generator=generator)
-            yield partial(_check_scores, gradient, table, ids, impl)
+def _in_fp64(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _check_scores(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: str) -> None:
-    actual = candidate_scores(gradient, table, ids, impl=impl)
-    plain = candidate_scores_reference(gradient, table, ids)
-    oracle = candidate_scores_reference(gradient.double(), table.double(), ids)
-    what = f"scores of {list(gradient.shape)} x {list(table.shape)} {gradient.dtype}"
-    assert_within_budget(actual, plain, oracle, what=what)
+def _candidate_scores(dtype: torch.dtype) -> Iterator[Case]:
+    for positions, width, vocab, k in ((1, 1024, 200, 25), (3, 64, 901, 25), (4, 37, 50, 3), (0, 16, 10, 2)):
+        gradient, table = _normal(dtype, positions, width), _normal(dtype, vocab, width)
+        ids = _integers(vocab, positions, k)
+        yield {"gradient": gradient.requires_grad_(), "table": table.requires_grad_(), "ids": ids}
 
 
-def _random(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+# An odd and an even vocabulary, one entry, no rows.
+_LOGITS = ((2, 128_257, 25), (3, 32_000, 8), (4, 901, 256), (5, 1, 1), (0, 50, 4))
+
+
+def _entropy_topk(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, vocab, k in _LOGITS:
+        logits = 8 * _normal(dtype, rows, vocab)
+        yield {"logits": logits.clone().requires_grad_(), "k": k}
+        if rows and vocab > 3:
+            logits[0, ::3] = -torch.inf
+            logits[-1, 1] = torch.nan
+            yield {"logits": logits, "k": k}
+
+
+def _lm_head_entropy_topk(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, width, vocab, k in ((1, 256, 2001, 25), (30, 65, 901, 256), (0, 16, 50, 4)):
+        yield {"hidden": _whole(dtype, rows, width), "weight": _whole(dtype, vocab, width), "k": k, "temperature": 20.0}
+
+
+def _merge_partials(dtype: torch.dtype) -> Iterator[Case]:
+    for shards, rows, k in ((1, 3, 5), (4, 9, 25), (2, 0, 4)):
+        partial = ggro_kernels.entropy_topk(logits=_normal(dtype, shards * rows, 500), k=k, impl="reference")
+        parts = {name: x.unflatten(0, (shards, rows)) for name, x in partial._asdict().items()}
+        yield parts | {"offsets": 500 * torch.arange(shards).flip(0)}
+
+
+def _prefix_attention(dtype: torch.dtype) -> Iterator[Case]:
+    for heads, key_heads, prefix, branches in ((4, 2, 300, (1, 5, 70)), (6, 1, 33, (1, 1, 1, 1)), (2, 2, 0, (9,))):
+        tokens = sum(branches)
+        starts = [sum(branches[:index]) for index, length in enumerate(branches) for _ in range(length)]
+        yield {
+            "query": _normal(dtype, 2, heads, tokens, 24),
+            "prefix_key": _normal(dtype, 2, key_heads, prefix, 24),
+            "prefix_value": _normal(dtype, 2, key_heads, prefix, 16),
+            "branch_key": _normal(dtype, 2, key_heads, tokens, 24),
+            "branch_value": _normal(dtype, 2, key_heads, tokens, 16),
+            "branch_starts": torch.tensor(starts).repeat(2, 1),
+        }
+
+
+def _project_topk(dtype: torch.dtype) -> Iterator[Case]:
+    for positions, width, vocab, k in ((1, 256, 2001, 25), (30, 65, 901, 256), (0, 16, 50, 4)):
+        forbidden = torch.arange(vocab) % 7 == 0
+        tensors = {"gradient": _whole(dtype, positions, width), "table": _whole(dtype, vocab, width)}
+        yield tensors | {"k": k, "bias": _whole(dtype, vocab), "forbidden": forbidden}
+
+
+def _score_select(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, candidates, width in ((3, 25, 257), (1, 1, 8), (0, 4, 16)):
+        states = {"hidden": _whole(dtype, rows, candidates, width), "head": _whole(dtype, width)}
+        case = states | {"logits": _whole(dtype, rows, candidates), "weight": 0.5}
+        yield case
+        uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(rows))
+        yield case | {"mode": "categorical", "temperature": 30.0, "uniforms": uniforms}
+
+
+def _weighted_bt_loss(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, chosen, rejected, pairs in ((30, 70, 50, 500), (1, 1, 1, 1), (0, 7, 5, 9)):
+        yield {
+            "chosen_rewards": _normal(dtype, rows, chosen).requires_grad_(),
+            "rejected_rewards": _normal(dtype, rows, rejected).requires_grad_(),
+            "chosen_positions": _integers(chosen, rows, pairs),
+            "rejected_positions": _integers(rejected, rows, pairs),
+            "weights": _normal(torch.float32, rows, pairs).relu(),
+        }
+
+
+_CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+    "candidate_scores": _candidate_scores,
+    "entropy_topk": _entropy_topk,
+    "lm_head_entropy_topk": _lm_head_entropy_topk,
+    "merge_partials": _merge_partials,
+    "prefix_attention": _prefix_attention,
+    "project_topk": _project_topk,
+    "score_select": _score_select,
+    "weighted_bt_loss": _weighted_bt_loss,
+}
+
+
+def _normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _whole(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Small whole numbers: their sums of products are exact, and so is the order of these."""
+    return _normal(torch.float32, *shape).mul(2).round().to(dtype)
+
+
+def _integers(end: int, *shape: int) -> torch.Tensor:
+    return torch.randint(end, shape, generator=torch.Generator().manual_seed(sum(shape)))
