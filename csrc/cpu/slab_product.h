@@ -17,7 +17,9 @@ namespace {
 constexpr int64_t kSlab = 512;
 
 // Units of depth that are summed in one chain from zero, which is then added to the chains before it.
-constexpr int64_t kDepthChunk = 512;
+// Errors of terms of one sign grow with it: 128 keeps them within the budget, 512 costs 16 lanes fewer passes over
+// sums.
+constexpr int64_t kDepthChunk = kLanes < 16 ? 128 : 512;
 
 // Up to so many rows the table is transposed in registers and never packed: its reading is all that counts.
 constexpr int64_t kDirectRows = 24;

@@ -5,6 +5,7 @@ The examples are the same in every run; `--hypothesis-profile=deep` draws new on
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -12,10 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggro_kernels import candidate_scores, entropy_topk, lm_head_entropy_topk, project_topk
+from ggro_kernels import (
+    ScoreSelect,
+    candidate_scores,
+    entropy_topk,
+    lm_head_entropy_topk,
+    merge_partials,
+    prefix_attention,
+    project_topk,
+    score_select,
+    weighted_bt_loss,
+)
 from ggro_kernels.testing import assert_exact_selection, assert_within_budget
 from tests.ggro_kernels import strategies
+from tests.ggro_kernels import test_entropy_topk_backward as backward_tests
 from tests.ggro_kernels import test_lm_head_entropy_topk as lm_head_tests
+from tests.ggro_kernels import test_merge_partials as merge_tests
+from tests.ggro_kernels import test_prefix_attention as attention_tests
 from tests.ggro_kernels import test_project_topk as project_topk_tests
 from tests.ggro_kernels.projections import chain_slack
 from tests.ggro_kernels.test_registration import assert_bitwise_equal
@@ -144,3 +158,162 @@ def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: 
         result = lm_head_tests.check(hidden, weight, k, native_impl, **options, slack=slack)
     again = on_threads(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=native_impl, **options))
     assert_bitwise_equal(again, result)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_entropy_topk_gradients(native_impl: str, data: st.DataObject, threads: int) -> None:
+    rows, vocab = data.draw(st.integers(0, 4)), data.draw(strategies.sizes(300, 2049, 4161))
+    logits = data.draw(strategies.values((rows, vocab), data.draw(strategies.dtypes), largest=1e4))
+    # The gradient of a row that they spoil is tested by itself.
+    logits = logits.masked_fill(logits.isnan() | (logits == torch.inf), -torch.inf)
+    logits, k = data.draw(strategies.layouts(logits)), data.draw(st.integers(1, min(256, vocab)))
+    temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
+    # Row by row, so that a large row does not excuse a small one.
+    for row in range(rows):
+        backward_tests.check(logits[row : row + 1], k, native_impl, temperature)
+    alone = backward_tests.gradient_of(logits, k, native_impl, temperature)
+    shared = on_threads(threads, lambda: backward_tests.gradient_of(logits, k, native_impl, temperature))
+    assert_bitwise_equal(shared, alone)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> None:
+    k = data.draw(st.sampled_from((1, 2, 5, 25, 256)))
+    lengths = data.draw(st.lists(st.integers(k, k + 200), min_size=1, max_size=6))
+    *cuts, vocab = accumulate(lengths)
+    temperature = data.draw(st.sampled_from((1.0, 0.05, 100.0)))
+    logits = data.draw(strategies.tensors((data.draw(st.integers(0, 3)), vocab), largest=1e36))
+    for row in range(len(logits)):
+        merge_tests.check(logits[row : row + 1], cuts, k, native_impl, temperature)
+    partials = merge_tests.partials(logits, cuts, k, temperature)
+    result = merge_partials(*partials, impl=native_impl)
+    order = data.draw(st.permutations(range(len(lengths))))
+    reordered = [x[order] for x in partials]
+    again = on_threads(threads, lambda: merge_partials(*reordered, impl=native_impl))
+    assert_bitwise_equal(again, result)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> None:
+    rows, candidates = data.draw(st.integers(0, 5)), data.draw(strategies.sizes(300))
+    width = data.draw(st.one_of(st.just(0), strategies.sizes(100, 1031)))
+    weight = data.draw(st.sampled_from((1.0, 0.0, -2.0, 0.5)))
+    exact = data.draw(st.booleans())
+    # Larger numbers would overflow in fp32 only.
+    tensors = strategies.integer_valued if exact else partial(strategies.tensors, largest=1e15)
+    hidden, head = data.draw(tensors((rows, candidates, width))), data.draw(tensors((width,)))
+    logits = data.draw(tensors((rows, candidates)))
+    if data.draw(st.booleans()):
+        logits = logits.masked_fill(data.draw(strategies.masks(logits.shape)), -torch.inf)
+
+    greedy = score_select(hidden, head, logits, weight, impl=native_impl)
+    # NaN is torch's largest value too, and its argmax the first of equal ones.
+    assert torch.equal(greedy.index, greedy.score.argmax(dim=1))
+    same_precision, oracle = (
+        score_select(hidden.to(dtype), head.to(dtype), logits.to(dtype), weight, impl="reference")
+        for dtype in (torch.float32, torch.float64)
+    )
+    if exact:
+        assert torch.equal(greedy.reward.double(), oracle.reward) and torch.equal(greedy.score.double(), oracle.score)
+    else:
+        magnitude = (hidden.double().abs() * head.double().abs()).nan_to_num(nan=0.0, posinf=0.0).sum(2)
+        compared = (x.reward for x in (greedy, same_precision, oracle))
+        assert_rows_within_budget(*compared, scale=magnitude.amax(dim=1), what="reward")
+        magnitude = abs(weight) * magnitude + logits.double().abs().nan_to_num(nan=0.0, posinf=0.0)
+        compared = (x.score for x in (greedy, same_precision, oracle))
+        assert_rows_within_budget(*compared, scale=magnitude.amax(dim=1), what="score")
+
+    temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
+    uniform = st.one_of(st.floats(0, 1, exclude_max=True, width=32), st.just(1 - 2**-24))
+    uniforms = data.draw(strategies.layouts(torch.tensor(data.draw(st.lists(uniform, min_size=rows, max_size=rows)))))
+
+    def sample() -> ScoreSelect:
+        options = {"mode": "categorical", "temperature": temperature, "uniforms": uniforms}
+        return score_select(hidden, head, logits, weight, **options, impl=native_impl)
+
+    sampled = sample()
+    assert_bitwise_equal(on_threads(threads, sample), sampled)
+    assert_bitwise_equal(sampled[1:], greedy[1:])
+    choices = zip(sampled.index.tolist(), greedy.index.tolist(), sampled.score.double(), uniforms.double(), strict=True)
+    for taken, best, score, uniform in choices:
+        if not score[best].isfinite():
+            assert taken == best
+            continue
+        cumulative = ((score - score[best]) / temperature).exp().cumsum(dim=0)
+        bound, rounding = uniform * cumulative[-1], 1e-12 * cumulative[-1]
+        assert score[taken] > -torch.inf
+        assert cumulative[taken] > bound - rounding
+        assert taken == 0 or cumulative[taken - 1] <= bound + rounding
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -> None:
+    rows, pairs = data.draw(st.integers(0, 5)), data.draw(st.one_of(st.integers(0, 20), st.integers(0, 300)))
+    lengths, dtype = [data.draw(strategies.sizes(300)) for _ in range(2)], data.draw(strategies.dtypes)
+    rewards = [data.draw(strategies.tensors((rows, length), dtype, largest=1e15)) for length in lengths]
+    weights = data.draw(strategies.tensors((rows, pairs), largest=1e15))
+    positions = [data.draw(strategies.ids((rows, pairs), length)) for length in lengths]
+    if data.draw(st.booleans()):
+        # Where nothing is looked at.
+        positions = [x.masked_fill(weights == 0, -1) for x in positions]
+    reduction = data.draw(st.sampled_from(("mean", "sum")))
+
+    def loss_and_gradients(to: torch.dtype, impl: str) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().to(to).requires_grad_() for x in rewards]
+        loss = weighted_bt_loss(*leaves, *positions, weights, reduction=reduction, impl=impl)
+        return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
+
+    result = loss_and_gradients(dtype, native_impl)
+    assert_bitwise_equal(on_threads(threads, lambda: loss_and_gradients(dtype, native_impl)), result)
+    for actual, expected in zip(result, loss_and_gradients(torch.float64, "reference"), strict=True):
+        limits = torch.finfo(actual.dtype)
+        torch.testing.assert_close(
+            actual, expected.to(actual.dtype), rtol=limits.eps, atol=limits.smallest_normal * limits.eps, equal_nan=True
+        )
+
+
+@st.composite
+def attentions(draw: Any) -> dict[str, Any]:
+    """Arguments of prefix_attention: any grouping, widths, layouts and branch starts."""
+    batch, key_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    query_heads = key_heads * draw(st.sampled_from((1, 2, 3, 4, 7)))
+    width, value_width = draw(strategies.sizes(40, 64, 129)), draw(strategies.sizes(40, 64, 129))
+    prefix, tokens = draw(st.one_of(st.integers(0, 5), st.integers(0, 200))), draw(st.integers(0, 9))
+    generator = torch.Generator().manual_seed(draw(strategies.seeds))
+    dtype, magnitude = draw(strategies.dtypes), draw(st.sampled_from((1.0, 0.1, 4.0)))
+    arguments: dict[str, Any] = {}
+    lengths = torch.randint(prefix + 1, (batch,), generator=generator) if draw(st.booleans()) else None
+    for name, heads, length, columns in (
+        ("query", query_heads, tokens, width),
+        ("prefix_key", key_heads, prefix, width),
+        ("prefix_value", key_heads, prefix, value_width),
+        ("branch_key", key_heads, tokens, width),
+        ("branch_value", key_heads, tokens, value_width),
+    ):
+        x = magnitude * torch.randn(batch, heads, length, columns, generator=generator)
+        if name.startswith("prefix") and lengths is not None:
+            # In every row, since the batch may be expanded.
+            x[:, :, int(lengths.max()) :] = torch.nan
+        arguments[name] = draw(strategies.layouts(x.to(dtype)))
+    if draw(st.booleans()):
+        starts = (torch.rand(batch, tokens, generator=generator) * torch.arange(1, tokens + 1)).long()
+    else:
+        begins = torch.rand(batch, tokens, generator=generator) < draw(st.sampled_from((0.0, 0.3, 1.0)))
+        starts = (begins * torch.arange(tokens)).cummax(dim=1).values
+    # Without expanding, which would move starts before their tokens.
+    arguments["branch_starts"] = starts.t().contiguous().t() if draw(st.booleans()) else starts
+    if lengths is not None:
+        arguments["prefix_lengths"] = draw(strategies.layouts(lengths))
+    if draw(st.booleans()):
+        arguments["scale"] = draw(st.sampled_from((0.0, -0.2, 0.3)))
+    arguments["softcap"] = draw(st.sampled_from((None, None, 0.5, 30.0)))
+    arguments["window"] = draw(st.one_of(st.none(), st.integers(1, 5), st.integers(1, 220)))
+    return arguments
+
+
+@settings(max_examples=25)
+@given(arguments=attentions(), threads=strategies.thread_counts)
+def test_prefix_attention(native_impl: str, arguments: dict[str, Any], threads: int) -> None:
+    output = attention_tests.check(arguments, native_impl)
+    again = on_threads(threads, lambda: prefix_attention(**arguments, impl=native_impl))
+    assert_bitwise_equal(again, output)
