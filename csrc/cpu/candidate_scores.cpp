@@ -25,7 +25,7 @@ void run(const CandidateScoresArgs& args) {
   const int threads = thread_count(args.num_threads, pairs, pairs * args.width, kMinWorkPerThread);
   const G* gradient = static_cast<const G*>(args.gradient);
   const T* table = static_cast<const T*>(args.table);
-  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  constexpr int64_t kLineElements = kCacheLine / sizeof(T);
   const int64_t rows_ahead = 1 + kBytesAhead / (args.width * static_cast<int64_t>(sizeof(T)) + 1);
   const std::unique_ptr<float[]> widened(new float[static_cast<size_t>(threads * args.width)]);
 #ifdef _OPENMP
@@ -42,7 +42,7 @@ void run(const CandidateScoresArgs& args) {
       }
       const T* to_come = table + args.ids[std::min(i + rows_ahead, last)] * args.table_stride;
       args.scores[i] = dot(row, table + args.ids[i] * args.table_stride, args.width, [to_come](int64_t column) {
-        for (int64_t j = 0; j < kDotStep; j += kCacheLine) __builtin_prefetch(to_come + column + j);
+        for (int64_t j = 0; j < kDotStep; j += kLineElements) __builtin_prefetch(to_come + column + j);
       });
     }
   }

@@ -278,9 +278,9 @@ class QueryTile {
 
   // Few rows wait for memory, not for arithmetic, and a decode step finds no layer's keys and values in a cache.
   static void prefetch(const T* rows, int64_t stride, int64_t width) {
-    constexpr int64_t kStep = kCacheLine / sizeof(T);
+    constexpr int64_t kLineElements = kCacheLine / sizeof(T);
     for (int i = 0; i < kLanes; ++i) {
-      for (int64_t j = 0; j < width; j += kStep) __builtin_prefetch(rows + i * stride + j, 0, 2);
+      for (int64_t j = 0; j < width; j += kLineElements) __builtin_prefetch(rows + i * stride + j, 0, 2);
     }
   }
 
