@@ -37,6 +37,22 @@ inline Vec multiply_add(BFloat16Pair a, Vec b, Vec sum) {
 }
 #endif
 
+// What a depth step consumes of a row of A and of one of B.
+template <typename A, typename B>
+struct ProductUnitOf {
+  using Type = float;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct ProductUnitOf<BFloat16, BFloat16> {
+  using Type = BFloat16Pair;
+};
+#endif
+
+template <typename A, typename B>
+using ProductUnit = typename ProductUnitOf<A, B>::Type;
+
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
 

@@ -33,15 +33,6 @@ constexpr int64_t kMinWorkPerThread = 1 << 18;
 
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-// What one depth step of query times key consumes.
-#if defined(__AVX512BF16__)
-template <typename T>
-using KeyUnit = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16Pair, float>;
-#else
-template <typename T>
-using KeyUnit = float;
-#endif
-
 template <typename T>
 void copy_units(const T* x, int64_t width, float* out) {
   widen(x, width, out);
@@ -85,7 +76,7 @@ Segment<T> segment(const HeadsView& keys, const HeadsView& values, int64_t batch
 // Row r of a key head is token r / group, query head r % group of its group: neighbours see nearly the same keys.
 template <typename T>
 class QueryTile {
-  using Unit = KeyUnit<T>;
+  using Unit = ProductUnit<T, T>;
   static_assert(sizeof(Unit) == sizeof(float));
 
  public:

@@ -27,25 +27,12 @@ constexpr int64_t kDirectRows = 24;
 // Rows that are multiplied at once: more of them take turns, which bounds the memory for their scores.
 constexpr int64_t kMaxRows = 1024;
 
-// What a depth step consumes of rows of A and of B.
-template <typename A, typename B>
-struct ProductUnit {
-  using Type = float;
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct ProductUnit<BFloat16, BFloat16> {
-  using Type = BFloat16Pair;
-};
-#endif
-
 // One thread's products of a [rows, width] with slabs of table [vocab, width], rows <= kMaxRows.
 // The bits of a product depend on the two rows and the instruction set only: the order of summation is that of the
 // depth, in chains of kDepthChunk, on every path.
 template <typename A, typename B>
 class SlabProduct {
-  using Unit = typename ProductUnit<A, B>::Type;
+  using Unit = ProductUnit<A, B>;
 
  public:
   SlabProduct(const A* a, int64_t a_stride, int64_t rows, const B* table, int64_t table_stride, int64_t width)
@@ -85,7 +72,7 @@ class SlabProduct {
                                       kTileColumns);
         for (int64_t t = 0; t < tiles_; ++t) {
           multiply_packed_tile(packed_a_.get() + t * kPackedRows, static_cast<int>(tile_rows(t)), packed_table_.get(),
-                               units(chunk), out + tile_first(t) * kSlab + j, kSlab, depth > 0);
+                               count_units<Unit>(chunk), out + tile_first(t) * kSlab + j, kSlab, depth > 0);
         }
       }
     }
@@ -93,13 +80,11 @@ class SlabProduct {
   }
 
  private:
-  static constexpr int64_t kUnitElements = std::is_same_v<Unit, BFloat16Pair> ? 2 : 1;
-  static constexpr int64_t kChunkElements = kDepthChunk * kUnitElements;
+  static constexpr int64_t kChunkElements = kDepthChunk * kElementsPerUnit<Unit>;
   static constexpr int kPackGroups = (kTileRows + kLanes - 1) / kLanes;
   // pack_transposed writes whole vectors, beyond the last unit too.
   static constexpr int64_t kPackedRows = kDepthChunk * kTileRows + kPackGroups * kLanes;
 
-  static int64_t units(int64_t elements) { return (elements + kUnitElements - 1) / kUnitElements; }
   int64_t tile_first(int64_t tile) const { return rows_ * tile / tiles_; }
   int64_t tile_rows(int64_t tile) const { return tile_first(tile + 1) - tile_first(tile); }
 
@@ -112,9 +97,9 @@ class SlabProduct {
       const int64_t chunk = std::min(kChunkElements, width_ - depth);
       std::fill(sums, sums + rows_ * kLanes, 0.0f);
       int64_t i = 0;
-      for (; (i + kLanes) * kUnitElements <= chunk; i += kLanes) {
+      for (; (i + kLanes) * kElementsPerUnit<Unit> <= chunk; i += kLanes) {
         // At the end of these rows, the beginning of those that come next.
-        const int64_t ahead = depth + i * kUnitElements + kFetchAhead;
+        const int64_t ahead = depth + i * kElementsPerUnit<Unit> + kFetchAhead;
         const int64_t fetched = ahead < width_ ? ahead : kLanes * table_stride_ + ahead - width_;
         Vec tile[kLanes];
 #pragma GCC unroll 16
@@ -127,7 +112,7 @@ class SlabProduct {
           multiply_group(tile, r, depth, i, std::min<int64_t>(kGroupRows, rows_ - r), sums + r * kLanes);
         }
       }
-      for (; i < units(chunk); ++i) {
+      for (; i < count_units<Unit>(chunk); ++i) {
         Unit column[kLanes];
         for (int j = 0; j < kLanes; ++j) column[j] = load_unit(table_rows[j] + depth, i, chunk, Unit());
         for (int64_t r = 0; r < rows_; ++r) {
@@ -171,7 +156,7 @@ class SlabProduct {
     Vec vectors[kRows];
     const Unit* elements[kRows];
     // fp32 rows and pairs of bf16 are read where they lie.
-    constexpr bool kInPlace = sizeof(A) * kUnitElements == sizeof(Unit);
+    constexpr bool kInPlace = sizeof(A) * kElementsPerUnit<Unit> == sizeof(Unit);
     Unit widened[kInPlace ? 1 : kRows][kLanes];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
