@@ -9,3 +9,9 @@ def top_k_indices(values: torch.Tensor, k: int) -> torch.Tensor:
     order = (values + 0.0).sort(dim=1, descending=True, stable=True).indices
     # Unlike contiguous(), with the strides of a [R, k] also where R is 0.
     return order[:, :k].clone(memory_format=torch.contiguous_format)
+
+
+def take_bits(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`values.gather(1, indices)` bit by bit: torch's gather of bf16 may change those of a NaN."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(bits).gather(1, indices).view(values.dtype)

@@ -17,9 +17,10 @@ namespace {
 constexpr int64_t kSlab = 512;
 
 // Units of depth that are summed in one chain from zero, which is then added to the chains before it.
-// Errors of terms of one sign grow with it: 128 keeps them within the budget, 512 costs 16 lanes fewer passes over
-// sums.
-constexpr int64_t kDepthChunk = kLanes < 16 ? 128 : 512;
+// Errors of terms of one sign grow with it. Pairs of bf16, products of inputs that are themselves good to 1/256 only,
+// take longer chains, which make fewer passes over the sums.
+template <typename Unit>
+constexpr int64_t kDepthChunk = std::is_same_v<Unit, BFloat16Pair> ? 512 : 128;
 
 // Up to so many rows the table is transposed in registers and never packed: its reading is all that counts.
 constexpr int64_t kDirectRows = 24;
@@ -46,7 +47,7 @@ class SlabProduct {
     if (rows_ <= kDirectRows) return;
     tiles_ = (rows_ + kTileRows - 1) / kTileRows;
     packed_a_.reset(new Unit[tiles_ * kPackedRows]);
-    packed_table_.reset(new Unit[kDepthChunk * kTileColumns]);
+    packed_table_.reset(new Unit[kDepthChunk<Unit> * kTileColumns]);
   }
 
   // The scores [rows, kSlab] <a[r], table[first + j]> for j < columns <= kSlab, undefined beyond; valid until the next.
@@ -80,10 +81,10 @@ class SlabProduct {
   }
 
  private:
-  static constexpr int64_t kChunkElements = kDepthChunk * kElementsPerUnit<Unit>;
+  static constexpr int64_t kChunkElements = kDepthChunk<Unit> * kElementsPerUnit<Unit>;
   static constexpr int kPackGroups = (kTileRows + kLanes - 1) / kLanes;
   // pack_transposed writes whole vectors, beyond the last unit too.
-  static constexpr int64_t kPackedRows = kDepthChunk * kTileRows + kPackGroups * kLanes;
+  static constexpr int64_t kPackedRows = kDepthChunk<Unit> * kTileRows + kPackGroups * kLanes;
 
   int64_t tile_first(int64_t tile) const { return rows_ * tile / tiles_; }
   int64_t tile_rows(int64_t tile) const { return tile_first(tile + 1) - tile_first(tile); }

@@ -3,7 +3,7 @@
 import torch
 
 from ggro_kernels.precision import accumulation_dtype
-from ggro_kernels.selection import top_k_indices
+from ggro_kernels.selection import take_bits, top_k_indices
 
 
 def entropy_topk(
@@ -25,7 +25,7 @@ def entropy_topk(
     entropy = torch.where(m.isinf(), torch.nan, s.log() - t / s)
 
     indices = top_k_indices(logits, k)
-    return entropy, logsumexp, logits.gather(1, indices), indices
+    return entropy, logsumexp, take_bits(logits, indices), indices
 
 
 def entropy_topk_backward(

@@ -2,7 +2,7 @@
 
 import torch
 
-from ggro_kernels.selection import top_k_indices
+from ggro_kernels.selection import take_bits, top_k_indices
 
 
 def merge_partials(
@@ -23,4 +23,4 @@ def merge_partials(
     positions = (indices + offsets[:, None, None]).transpose(0, 1).flatten(1)
     by_index = positions.argsort(dim=1)
     best = by_index.gather(1, top_k_indices(candidates.gather(1, by_index), values.shape[2]))
-    return merged.to(entropy.dtype), whole.to(entropy.dtype), candidates.gather(1, best), positions.gather(1, best)
+    return merged.to(entropy.dtype), whole.to(entropy.dtype), take_bits(candidates, best), positions.gather(1, best)

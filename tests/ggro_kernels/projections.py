@@ -68,14 +68,14 @@ def error_scale(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | No
     return 2 * scales.max().item() if scales.numel() else 1.0
 
 
-def chain_slack(width: int) -> float:
+def chain_slack(a: torch.Tensor, b: torch.Tensor) -> float:
     """Factor on `error_scale` for terms of any distribution: in a chain of terms of one sign, errors grow with it.
 
-    The kernels sum chains of 128 terms; of 512, or 1024 in pairs of bf16, on the instruction sets of 16 lanes.
+    The kernels sum chains of 128 terms; of 512 pairs where there are instructions for pairs of bf16.
     """
-    if not dispatch.native().selected_isa().startswith("avx512"):
-        return 2.0
-    return max(2.0, 0.41 * min(width, 1024) ** 0.5)
+    if dispatch.native().selected_isa() == "avx512bf16" and a.dtype == b.dtype == torch.bfloat16:
+        return max(2.0, 0.41 * min(a.shape[1], 1024) ** 0.5)
+    return 2.0
 
 
 def canonical(x: torch.Tensor) -> torch.Tensor:

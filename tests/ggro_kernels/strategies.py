@@ -95,3 +95,9 @@ def masks(draw: Any, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(seeds))
     share = draw(st.sampled_from((0.0, 0.1, 0.9, 1.0)))
     return draw(layouts(torch.rand(shape, generator=generator) < share))
+
+
+def flush_denormals(x: torch.Tensor) -> None:
+    """Set the denormals of x to zero, in place and whatever its strides."""
+    elements = torch.tensor([], dtype=x.dtype).set_(x.untyped_storage())
+    elements[elements.abs() < torch.finfo(x.dtype).smallest_normal] = 0

@@ -10,6 +10,7 @@ namespace ggro {
 // holding all of them.
 //
 // Logits are accumulated in fp32, in an order that depends on `width` only, and never rounded to the dtype of `hidden`.
+// Where there are instructions for pairs of bf16, they take denormals of two bf16 inputs for zeros.
 // Entropy (nats) and logsumexp are those of logits / temperature; values are the logits, ordered by value descending,
 // then index ascending; -0.0 equals +0.0 and NaN is the largest value.
 // A row's result depends on that row and on `vocab` only: not on `rows`, `num_threads` or where the row lies.

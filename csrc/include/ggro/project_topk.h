@@ -11,7 +11,7 @@ namespace ggro {
 // The score of a forbidden id is -inf, whatever its row and its bias hold. The k scores are ordered by score
 // descending, then index ascending; -0.0 equals +0.0 and NaN is the largest score. Scores are accumulated in fp32, in
 // an order that depends on `width` only: a position's result does not depend on `positions`, `num_threads` or where it
-// lies.
+// lies. Where there are instructions for pairs of bf16, they take denormals of two bf16 inputs for zeros.
 struct ProjectTopKArgs {
   const void* gradient;  // [positions, width], unit column stride
   DType gradient_dtype;
