@@ -77,8 +77,10 @@ def run(settings: Settings, kernels: Path = ROOT) -> Session:
         # The path decides which ggro_kernels is found, so pytest must not put its own entries first.
         command += [f"--rootdir={ROOT}", "--import-mode=append", "-p", "no:cacheprovider"]
         command += [f"--benchmark-json={raw}", "--benchmark-quiet", *settings.arguments()]
-        path = os.pathsep.join(map(str, (kernels, ROOT)))
-        code = subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": path}).returncode
+        # pytest-benchmark measures nothing in a worker of xdist, as which a run started by a test would pass.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (kernels, ROOT)))
+        code = subprocess.run(command, cwd=directory, env=environment).returncode
         if code != 0:
             raise SessionError("the benchmarks did not finish: the message above says where they stopped")
         if not raw.exists():
