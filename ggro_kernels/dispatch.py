@@ -1,12 +1,22 @@
 """Which implementation of an op runs: `impl=`, the environment variable GGRO_IMPL, the device and the dtype."""
 
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 
 import torch
 
 IMPLS = ("auto", "native", "triton", "reference")
+
+AUTOMATIC = {"cpu": "native", "cuda": "triton"}
+"""What 'auto' runs by the type of device, where it can run there; the eager reference everywhere else."""
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What native and Triton kernels take."""
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton decides when it is imported whether it compiles its kernels or interprets them."""
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
@@ -19,10 +29,19 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         )
 
 
+def _find_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "there is no package triton: pip install triton"
+    if not INTERPRETING and not torch.cuda.is_available():
+        return "torch sees no GPU; TRITON_INTERPRET=1, set before Python starts, interprets the kernels slowly"
+    return None
+
+
 _native, native_error = _load_native()
 """The extension, or None and why it is not there."""
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+triton_error = _find_triton()
+"""Why Triton kernels cannot run, or None; Triton itself is imported by the first that runs."""
 
 
 def check_impl(impl: str) -> None:
@@ -39,29 +58,36 @@ def native() -> ModuleType:
 
 
 def resolve(impl: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The implementation that runs: 'native' or 'reference'.
+    """The implementation that runs: 'native', 'triton' or 'reference'.
 
-    'auto' is what GGRO_IMPL names, else native kernels for CPU tensors of fp32, bf16 and fp16 where the extension
-    loaded, else the eager reference on the tensors' own device. Anything named explicitly runs or raises RuntimeError.
+    'auto' is what GGRO_IMPL names, else what `AUTOMATIC` has for the device if it can run, else the eager reference on
+    the tensors' own device. Anything named explicitly runs or raises RuntimeError.
     """
     if impl == "auto":
         impl = os.environ.get("GGRO_IMPL") or "auto"
         if impl not in IMPLS:
             raise ValueError(f"GGRO_IMPL must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    chosen = AUTOMATIC.get(device.type, "reference") if impl == "auto" else impl
+    if chosen == "reference":
+        return chosen
+    obstacle = _obstacle(chosen, device, dtypes)
+    if obstacle is None:
+        return chosen
     if impl == "auto":
-        if _native is None or device.type != "cpu":
-            return "reference"
-        for dtype in dtypes:
-            if dtype not in NATIVE_DTYPES:
-                return "reference"
-        return "native"
-    if impl == "triton":
-        raise RuntimeError("impl='triton' is not available in this version: use 'auto', 'native' or 'reference'")
-    if impl == "native":
-        native()
-        if device.type != "cpu":
-            raise RuntimeError(f"impl='native' has CPU kernels only, got a tensor on {device}: use 'auto'")
-        for dtype in dtypes:
-            if dtype not in NATIVE_DTYPES:
-                raise RuntimeError(f"impl='native' takes float32, bfloat16 and float16, got {dtype}: use 'reference'")
-    return impl
+        return "reference"
+    raise RuntimeError(f"impl={impl!r} {obstacle}")
+
+
+def _obstacle(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why 'native' or 'triton' cannot run on tensors of these dtypes on this device; None if it can."""
+    error = native_error if impl == "native" else triton_error
+    if error is not None:
+        return f"is not available: {error}"
+    if impl == "native" and device.type != "cpu":
+        return f"has CPU kernels only, got a tensor on {device}: use 'auto'"
+    if impl == "triton" and device.type != "cuda" and not (INTERPRETING and device.type == "cpu"):
+        return f"runs on a GPU, got a tensor on {device}: use 'auto'"
+    for dtype in dtypes:
+        if dtype not in KERNEL_DTYPES:
+            return f"takes float32, bfloat16 and float16, got {dtype}: use 'reference'"
+    return None

@@ -1,5 +1,6 @@
 """What is installed, what loaded and what runs: `python -m ggro_kernels.info`."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -11,12 +12,15 @@ import ggro_kernels
 from ggro_kernels import dispatch
 from ggro_kernels.library import NAMESPACE, registered_ops, takes_impl
 
+ENVIRONMENT = ("GGRO_IMPL", "GGRO_CPU_ISA", "GGRO_AUTOTUNE", "TRITON_INTERPRET")
+"""What changes which kernels run."""
+
 
 def capabilities() -> dict[str, Any]:
     """Versions, the native extension's state, and the implementation that `impl="auto"` picks per op and device.
 
     JSON-serialisable. `native["error"]` says why the extension is missing (None when it is there);
-    `native["isa"]` is the instruction set in use, or None.
+    `native["isa"]` is the instruction set in use, or None. `triton` has the same for the Triton kernels.
     """
     native: dict[str, Any] = {"loaded": dispatch.native_error is None, "error": dispatch.native_error}
     if dispatch.native_error is None:
@@ -29,6 +33,9 @@ def capabilities() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     automatic = {device: dispatch.resolve("auto", torch.device(device), torch.float32) for device in devices}
     eager = dict.fromkeys(devices, "reference")
+    error = dispatch.triton_error
+    triton = {"loaded": error is None, "error": error, "interpreted": error is None and dispatch.INTERPRETING}
+    triton["version"] = None if error else importlib.metadata.version("triton")
     return {
         "versions": {
             "ggro_kernels": ggro_kernels.__version__,
@@ -37,13 +44,15 @@ def capabilities() -> dict[str, Any]:
             "machine": f"{platform.system()} {platform.machine()}",
         },
         "native": native,
-        "triton": {"loaded": False, "error": "no Triton kernels in this version"},
+        "triton": triton,
         "cuda": {
             "available": torch.cuda.is_available(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "threads": torch.get_num_threads(),
-        "environment": {name: os.environ.get(name) for name in ("GGRO_IMPL", "GGRO_CPU_ISA")},
+        "environment": {
+            name: os.environ.get(name) for name in ("GGRO_IMPL", "GGRO_CPU_ISA", "GGRO_AUTOTUNE", "TRITON_INTERPRET")
+        },
         "ops": {f"{NAMESPACE}::{op}": dict(automatic if takes_impl(op) else eager) for op in registered_ops()},
     }
 

@@ -1,9 +1,12 @@
 """The torch.library namespace that every op of this package is registered in."""
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ggro_kernels.dispatch import resolve
 
 NAMESPACE = "ggro_kernels"
 
@@ -13,18 +16,24 @@ _names: list[str] = []
 
 def register(
     schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
     *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
+    triton: str | None = None,
+    dtypes_of: tuple[str, ...] = (),
     save_for_backward: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register one op for every device and return what calls it.
 
     Args:
-        schema: the op's signature without namespace.
-        kernel: runs it.
+        schema: the op's signature without namespace. With kernels, its last argument is `str impl`.
+        reference: runs it in eager torch, without `impl`; never in an autograd graph.
         fake: gives the shapes, dtypes and strides of its outputs.
+        native: runs it by the extension, without `impl`.
+        triton: "module:function" that runs it by Triton, without `impl`; imported on the first call.
+        dtypes_of: with kernels, the tensors whose device and dtypes decide what runs (`dispatch.resolve`).
         save_for_backward: `(ctx, inputs, output)`, with `backward`; without them the outputs are detached.
         backward: `(ctx, *gradients of the outputs)`, one gradient or None per input. It may call registered ops only,
             or the op could not be compiled.
@@ -33,14 +42,53 @@ def register(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def run_reference(*arguments: Any) -> Any:
+        with torch.no_grad():
+            return reference(*arguments)
+
+    kernel = run_reference
+    if dtypes_of:
+        names = [argument.name for argument in op._schema.arguments]
+        deciding = [names.index(tensor) for tensor in dtypes_of]
+        implementations = {"reference": run_reference, "native": native, "triton": triton and _launcher(triton)}
+        kernel = _chosen_by_impl(implementations, deciding)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _names.append(name)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None or save_for_backward is None:
         return op
     return _differentiable(op, save_for_backward, backward)
+
+
+def _chosen_by_impl(implementations: dict[str, Any], deciding: list[int]) -> Callable[..., Any]:
+    """Runs what the last argument and the tensors at the places `deciding` choose."""
+
+    def run(*arguments: Any) -> Any:
+        *arguments_of_kernel, impl = arguments
+        device = arguments[deciding[0]].device
+        chosen = resolve(impl, device, *[arguments[place].dtype for place in deciding])
+        return implementations[chosen](*arguments_of_kernel)
+
+    return run
+
+
+def _launcher(entry_point: str) -> Callable[..., Any]:
+    """Runs "module:function" of Triton launches, imported on the first call."""
+    launch: Callable[..., Any] | None = None
+
+    def run(*arguments: Any) -> Any:
+        nonlocal launch
+        if launch is None:
+            launch = pkgutil.resolve_name(entry_point)
+        # Triton launches on the current device, whichever the tensors are on.
+        device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+        with torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
+            return launch(*arguments)
+
+    return run
 
 
 def _differentiable(

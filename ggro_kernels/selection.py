@@ -11,7 +11,11 @@ def top_k_indices(values: torch.Tensor, k: int) -> torch.Tensor:
     return order[:, :k].clone(memory_format=torch.contiguous_format)
 
 
+def bitwise(x: torch.Tensor) -> torch.Tensor:
+    """The bits of a float tensor as integers: equal where and only where the bits are, NaN included."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
 def take_bits(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`values.gather(1, indices)` bit by bit: torch's gather of bf16 may change those of a NaN."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(bits).gather(1, indices).view(values.dtype)
+    return bitwise(values).gather(1, indices).view(values.dtype)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from ggro_kernels.selection import bitwise
+
 
 def error_budget(
     same_precision: torch.Tensor, oracle: torch.Tensor, *, dtype: torch.dtype, scale: float = 1.0
@@ -62,11 +64,6 @@ def exact_topk_indices(logits: torch.Tensor, k: int) -> torch.Tensor:
         contenders.sort(key=lambda i, row=values: (0, 0.0, i) if math.isnan(row[i]) else (1, -row[i], i))
         rows.append(contenders[:k])
     return torch.tensor(rows, dtype=torch.int64).reshape(len(logits), k)
-
-
-def bitwise(x: torch.Tensor) -> torch.Tensor:
-    """The bits of a float tensor as integers: equal where and only where the bits are, NaN included."""
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def assert_exact_selection(

@@ -1,10 +1,15 @@
 """Settings shared by all tests."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Forcing an instruction set for all examples of a test is what the function-scoped fixtures are for.
 settings.register_profile(

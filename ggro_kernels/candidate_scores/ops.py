@@ -5,40 +5,18 @@ from typing import Any
 import torch
 
 from ggro_kernels.candidate_scores import native, reference
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
-
-
-def _run(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: str) -> torch.Tensor:
-    if resolve(impl, gradient.device, gradient.dtype, table.dtype) == "native":
-        return native.candidate_scores(gradient, table, ids)
-    with torch.no_grad():
-        return reference.candidate_scores(gradient, table, ids)
 
 
 def _fake(gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, impl: str) -> torch.Tensor:
     return gradient.new_empty(ids.shape, dtype=accumulation_dtype(gradient, table))
 
 
-def _run_gradient_gradient(
-    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
-    with torch.no_grad():
-        return reference.gradient_gradient(scores_gradient, gradient, table, ids)
-
-
 def _fake_gradient_gradient(
     scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     return gradient.new_empty(gradient.shape)
-
-
-def _run_table_gradient(
-    scores_gradient: torch.Tensor, gradient: torch.Tensor, table: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
-    with torch.no_grad():
-        return reference.table_gradient(scores_gradient, gradient, table, ids)
 
 
 def _fake_table_gradient(
@@ -50,11 +28,15 @@ def _fake_table_gradient(
 _SAVED = "Tensor scores_gradient, Tensor gradient, Tensor table, Tensor ids"
 
 gradient_gradient_op = register(
-    f"candidate_scores_gradient_gradient({_SAVED}) -> Tensor", _run_gradient_gradient, _fake_gradient_gradient
+    f"candidate_scores_gradient_gradient({_SAVED}) -> Tensor",
+    reference=reference.gradient_gradient,
+    fake=_fake_gradient_gradient,
 )
 # An op of its own, so that a compiler does not sum repeated rows in an order of its choice.
 table_gradient_op = register(
-    f"candidate_scores_table_gradient({_SAVED}) -> Tensor", _run_table_gradient, _fake_table_gradient
+    f"candidate_scores_table_gradient({_SAVED}) -> Tensor",
+    reference=reference.table_gradient,
+    fake=_fake_table_gradient,
 )
 
 
@@ -74,8 +56,10 @@ def _backward(ctx: Any, scores_gradient: torch.Tensor) -> tuple[torch.Tensor | N
 
 candidate_scores_op = register(
     "candidate_scores(Tensor gradient, Tensor table, Tensor ids, str impl) -> Tensor",
-    _run,
-    _fake,
+    reference=reference.candidate_scores,
+    fake=_fake,
+    native=native.candidate_scores,
+    dtypes_of=("gradient", "table"),
     save_for_backward=_save_for_backward,
     backward=_backward,
 )

@@ -4,19 +4,11 @@ from typing import Any
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.entropy_topk import native, reference
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _run(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Outputs:
-    if resolve(impl, logits.device, logits.dtype) == "native":
-        return native.entropy_topk(logits, k, temperature)
-    with torch.no_grad():
-        return reference.entropy_topk(logits, k, temperature)
 
 
 def _fake(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Outputs:
@@ -28,25 +20,6 @@ def _fake(logits: torch.Tensor, k: int, temperature: float, impl: str) -> Output
         logits.new_empty((rows, k)),
         logits.new_empty((rows, k), dtype=torch.int64),
     )
-
-
-def _run_backward(
-    entropy_gradient: torch.Tensor,
-    logsumexp_gradient: torch.Tensor,
-    values_gradient: torch.Tensor,
-    logits: torch.Tensor,
-    entropy: torch.Tensor,
-    logsumexp: torch.Tensor,
-    indices: torch.Tensor,
-    temperature: float,
-    impl: str,
-) -> torch.Tensor:
-    gradients = entropy_gradient, logsumexp_gradient, values_gradient
-    saved = logits, entropy, logsumexp, indices
-    if resolve(impl, logits.device, logits.dtype) == "native":
-        return native.entropy_topk_backward(*gradients, *saved, temperature)
-    with torch.no_grad():
-        return reference.entropy_topk_backward(*gradients, *saved, temperature)
 
 
 def _fake_backward(
@@ -66,8 +39,10 @@ def _fake_backward(
 entropy_topk_backward_op = register(
     "entropy_topk_backward(Tensor entropy_gradient, Tensor logsumexp_gradient, Tensor values_gradient, Tensor logits,"
     " Tensor entropy, Tensor logsumexp, Tensor indices, float temperature, str impl) -> Tensor",
-    _run_backward,
-    _fake_backward,
+    reference=reference.entropy_topk_backward,
+    fake=_fake_backward,
+    native=native.entropy_topk_backward,
+    dtypes_of=("logits",),
 )
 
 
@@ -85,8 +60,10 @@ def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, 
 
 entropy_topk_op = register(
     "entropy_topk(Tensor logits, SymInt k, float temperature, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
+    reference=reference.entropy_topk,
+    fake=_fake,
+    native=native.entropy_topk,
+    dtypes_of=("logits",),
     save_for_backward=_save_for_backward,
     backward=_backward,
 )

@@ -2,27 +2,11 @@
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.lm_head_entropy_topk import native, reference
 from ggro_kernels.precision import accumulation_dtype
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _run(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    k: int,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
-) -> Outputs:
-    if resolve(impl, hidden.device, hidden.dtype, weight.dtype) == "native":
-        return native.lm_head_entropy_topk(hidden, weight, k, bias, softcap, temperature)
-    with torch.no_grad():
-        return reference.lm_head_entropy_topk(hidden, weight, k, bias, softcap, temperature)
 
 
 def _fake(
@@ -47,6 +31,8 @@ def _fake(
 lm_head_entropy_topk_op = register(
     "lm_head_entropy_topk(Tensor hidden, Tensor weight, SymInt k, Tensor? bias, float? softcap, float temperature,"
     " str impl) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
+    reference=reference.lm_head_entropy_topk,
+    fake=_fake,
+    native=native.lm_head_entropy_topk,
+    dtypes_of=("hidden", "weight"),
 )

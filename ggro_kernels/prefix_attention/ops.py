@@ -2,29 +2,8 @@
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.prefix_attention import native, reference
-
-
-def _run(
-    query: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    branch_key: torch.Tensor,
-    branch_value: torch.Tensor,
-    branch_starts: torch.Tensor,
-    prefix_lengths: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    impl: str,
-) -> torch.Tensor:
-    tensors = query, prefix_key, prefix_value, branch_key, branch_value, branch_starts, prefix_lengths
-    if resolve(impl, query.device, query.dtype) == "native":
-        return native.prefix_attention(*tensors, scale, softcap, window)
-    with torch.no_grad():
-        return reference.prefix_attention(*tensors, scale, softcap, window)
 
 
 def _fake(
@@ -47,6 +26,8 @@ def _fake(
 prefix_attention_op = register(
     "prefix_attention(Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor branch_key, Tensor branch_value, "
     "Tensor branch_starts, Tensor? prefix_lengths, float scale, float? softcap, SymInt? window, str impl) -> Tensor",
-    _run,
-    _fake,
+    reference=reference.prefix_attention,
+    fake=_fake,
+    native=native.prefix_attention,
+    dtypes_of=("query",),
 )

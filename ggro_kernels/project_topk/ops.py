@@ -2,26 +2,11 @@
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.project_topk import native, reference
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
-
-
-def _run(
-    gradient: torch.Tensor,
-    table: torch.Tensor,
-    k: int,
-    bias: torch.Tensor | None,
-    forbidden: torch.Tensor | None,
-    impl: str,
-) -> Outputs:
-    if resolve(impl, gradient.device, gradient.dtype, table.dtype) == "native":
-        return native.project_topk(gradient, table, k, bias, forbidden)
-    with torch.no_grad():
-        return reference.project_topk(gradient, table, k, bias, forbidden)
 
 
 def _fake(
@@ -40,6 +25,8 @@ def _fake(
 project_topk_op = register(
     "project_topk(Tensor gradient, Tensor table, SymInt k, Tensor? bias, Tensor? forbidden, str impl)"
     " -> (Tensor, Tensor)",
-    _run,
-    _fake,
+    reference=reference.project_topk,
+    fake=_fake,
+    native=native.project_topk,
+    dtypes_of=("gradient", "table"),
 )

@@ -2,27 +2,11 @@
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.score_select import native, reference
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _run(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    logits: torch.Tensor,
-    weight: float,
-    temperature: float,
-    uniforms: torch.Tensor | None,
-    impl: str,
-) -> Outputs:
-    if resolve(impl, hidden.device, hidden.dtype, head.dtype, logits.dtype) == "native":
-        return native.score_select(hidden, head, logits, weight, temperature, uniforms)
-    with torch.no_grad():
-        return reference.score_select(hidden, head, logits, weight, temperature, uniforms)
 
 
 def _fake(
@@ -45,6 +29,8 @@ def _fake(
 score_select_op = register(
     "score_select(Tensor hidden, Tensor head, Tensor logits, float weight, float temperature, Tensor? uniforms,"
     " str impl) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
+    reference=reference.score_select,
+    fake=_fake,
+    native=native.score_select,
+    dtypes_of=("hidden", "head", "logits"),
 )

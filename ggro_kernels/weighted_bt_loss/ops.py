@@ -4,26 +4,9 @@ from typing import Any
 
 import torch
 
-from ggro_kernels.dispatch import resolve
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.weighted_bt_loss import native, reference
-
-
-def _run(
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-    impl: str,
-) -> torch.Tensor:
-    pairs = chosen_rewards, rejected_rewards, chosen_positions, rejected_positions, weights, reduction
-    if resolve(impl, weights.device, chosen_rewards.dtype, weights.dtype) == "native":
-        return native.weighted_bt_loss(*pairs)
-    with torch.no_grad():
-        return reference.weighted_bt_loss(*pairs)
 
 
 def _fake(
@@ -36,23 +19,6 @@ def _fake(
     impl: str,
 ) -> torch.Tensor:
     return chosen_rewards.new_empty((), dtype=accumulation_dtype(chosen_rewards, weights))
-
-
-def _run_backward(
-    loss_gradient: torch.Tensor,
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = chosen_rewards, rejected_rewards, chosen_positions, rejected_positions, weights, reduction
-    if resolve(impl, weights.device, chosen_rewards.dtype, weights.dtype) == "native":
-        return native.weighted_bt_loss_backward(loss_gradient, *pairs)
-    with torch.no_grad():
-        return reference.weighted_bt_loss_backward(loss_gradient, *pairs)
 
 
 def _fake_backward(
@@ -74,7 +40,11 @@ _PAIRS = (
 )
 
 weighted_bt_loss_backward_op = register(
-    f"weighted_bt_loss_backward(Tensor loss_gradient, {_PAIRS}) -> (Tensor, Tensor)", _run_backward, _fake_backward
+    f"weighted_bt_loss_backward(Tensor loss_gradient, {_PAIRS}) -> (Tensor, Tensor)",
+    reference=reference.weighted_bt_loss_backward,
+    fake=_fake_backward,
+    native=native.weighted_bt_loss_backward,
+    dtypes_of=("chosen_rewards", "weights"),
 )
 
 
@@ -89,5 +59,11 @@ def _backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor | Non
 
 
 weighted_bt_loss_op = register(
-    f"weighted_bt_loss({_PAIRS}) -> Tensor", _run, _fake, save_for_backward=_save_for_backward, backward=_backward
+    f"weighted_bt_loss({_PAIRS}) -> Tensor",
+    reference=reference.weighted_bt_loss,
+    fake=_fake,
+    native=native.weighted_bt_loss,
+    dtypes_of=("chosen_rewards", "weights"),
+    save_for_backward=_save_for_backward,
+    backward=_backward,
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ggro_kernels.implementations import IMPLEMENTATIONS, select
+from tests.ggro_kernels.implementations import IMPLEMENTATIONS, KERNELS, NATIVE, select
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -10,6 +10,11 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return select(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name != "reference"])
+@pytest.fixture(params=KERNELS)
+def kernel_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return select(request.param, monkeypatch)
+
+
+@pytest.fixture(params=NATIVE)
 def native_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return select(request.param, monkeypatch)

@@ -66,9 +66,46 @@ def test_a_missing_extension_is_reported() -> None:
     )
 
 
-def test_triton_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="impl='triton' is not available in this version"):
+def test_triton_is_refused_without_a_gpu() -> None:
+    result = run_python(
+        """
+        import torch, ggro_kernels
+        ggro_kernels.entropy_topk(torch.randn(2, 30), 3, impl="triton")
+        """,
+        TRITON_INTERPRET="0",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert "RuntimeError: impl='triton' is not available: torch sees no GPU; TRITON_INTERPRET=1" in result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_triton_refuses_a_tensor_on_the_cpu() -> None:
+    with pytest.raises(RuntimeError, match="impl='triton' runs on a GPU, got a tensor on cpu: use 'auto'"):
         entropy_topk(LOGITS, 3, impl="triton")
+
+
+def test_a_missing_triton_is_reported() -> None:
+    run_in_fresh_process(
+        """
+        import sys
+        sys.modules["triton"] = None
+        import torch, ggro_kernels
+        from ggro_kernels import dispatch
+        assert "pip install triton" in dispatch.triton_error, dispatch.triton_error
+        ggro_kernels.entropy_topk(torch.randn(2, 30), 3)
+        """
+    )
+
+
+def test_triton_is_imported_by_the_first_kernel_that_needs_it() -> None:
+    run_in_fresh_process(
+        """
+        import sys
+        import torch, ggro_kernels, ggro_kernels.info
+        ggro_kernels.entropy_topk(torch.randn(2, 30), 3)
+        assert "triton" not in sys.modules
+        """
+    )
 
 
 def test_unknown_impl() -> None:
@@ -86,8 +123,8 @@ def test_native_refuses_fp64() -> None:
 
 def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGRO_IMPL", "triton")
-    with pytest.raises(RuntimeError, match="impl='triton'"):
-        entropy_topk(LOGITS, 3)
+    with pytest.raises(RuntimeError, match=r"impl='triton' takes .*got torch\.float64"):
+        entropy_topk(LOGITS.double(), 3)
     entropy_topk(LOGITS, 3, impl="reference")
     monkeypatch.setenv("GGRO_IMPL", "fastest")
     with pytest.raises(ValueError, match=r"GGRO_IMPL must be one of .*got 'fastest'"):

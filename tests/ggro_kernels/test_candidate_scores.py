@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ggro_kernels import candidate_scores
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
 from tests.ggro_kernels.op_calls import OpCalls
+from tests.ggro_kernels.placed import candidate_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -84,16 +85,13 @@ def test_infinities_and_nan_pass_through(impl: str) -> None:
 def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, native_impl: str) -> None:
     gradient, table, ids = inputs(20, 500, 1031, 25, torch.float32, dtype)
     whole = bitwise(candidate_scores(gradient, table, ids, impl=native_impl))
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with on_threads(threads):
             for first, last in ((0, 20), (0, 1), (7, 12), (19, 20)):
                 part = candidate_scores(gradient[first:last], table, ids[first:last], impl=native_impl)
                 assert torch.equal(bitwise(part), whole[first:last])
                 one = candidate_scores(gradient[first:last], table, ids[first:last, 3:4], impl=native_impl)
                 assert torch.equal(bitwise(one), whole[first:last, 3:4])
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)])
@@ -145,13 +143,10 @@ def test_gradients_are_bitwise_the_same_for_any_thread_count(dtype: torch.dtype)
     leaves = gradient.requires_grad_(), table.requires_grad_()
     weights = torch.randn(64, 25, generator=torch.Generator().manual_seed(5))
     alone = torch.autograd.grad((candidate_scores(*leaves, ids) * weights).sum(), leaves)
-    try:
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (2, 3, 8):
+        with on_threads(threads):
             again = torch.autograd.grad((candidate_scores(*leaves, ids) * weights).sum(), leaves)
             assert all(torch.equal(bitwise(a), bitwise(b)) for a, b in zip(again, alone, strict=True))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 50, 2**40])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import EntropyTopK, entropy_topk
+from ggro_kernels import EntropyTopK
 from ggro_kernels.testing import assert_exact_selection, assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import entropy_topk
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -181,26 +183,20 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.
         return [result.indices, *(bitwise(tensor) for tensor in (result.entropy, result.logsumexp, result.values))]
 
     whole = bits(entropy_topk(logits, 25, impl=native_impl))
-    try:
-        for threads in (1, 2, 3, 4, 7):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 4, 7):
+        with on_threads(threads):
             for first, last in ((0, 5), (0, 1), (1, 3), (2, 5), (4, 5)):
                 part = bits(entropy_topk(logits[first:last], 25, impl=native_impl))
                 for a, b in zip(part, whole, strict=True):
                     assert torch.equal(a, b[first:last])
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["many NaN", "all NaN", "+inf and NaN", "all masked", "+inf", "constant", "ascending"])
 def test_special_rows_shared_between_threads(name: str, native_impl: str) -> None:
     row = adversarial_rows(131072)[name].unsqueeze(0)
     alone = entropy_topk(row, 25, impl=native_impl)
-    try:
-        torch.set_num_threads(4)
+    with on_threads(4):
         shared = entropy_topk(row, 25, impl=native_impl)
-    finally:
-        torch.set_num_threads(1)
     for a, b in zip(alone, shared, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 

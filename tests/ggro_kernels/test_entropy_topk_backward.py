@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import entropy_topk
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
 from tests.ggro_kernels.op_calls import OpCalls
+from tests.ggro_kernels.placed import entropy_topk
 from tests.ggro_kernels.test_entropy_topk import DTYPES, random_logits
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -169,13 +170,10 @@ def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype, native_impl:
         return bitwise(torch.autograd.grad(loss, leaf)[0])
 
     whole = bits(0, 5)
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 7):
+        with on_threads(threads):
             for first, last in ((0, 5), (0, 1), (1, 4)):
                 assert torch.equal(bits(first, last), whole[first:last])
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

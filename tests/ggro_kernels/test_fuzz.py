@@ -13,8 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggro_kernels import (
-    ScoreSelect,
+from ggro_kernels import ScoreSelect
+from ggro_kernels.testing import assert_exact_selection, assert_within_budget
+from tests.ggro_kernels import strategies
+from tests.ggro_kernels import test_entropy_topk_backward as backward_tests
+from tests.ggro_kernels import test_lm_head_entropy_topk as lm_head_tests
+from tests.ggro_kernels import test_merge_partials as merge_tests
+from tests.ggro_kernels import test_prefix_attention as attention_tests
+from tests.ggro_kernels import test_project_topk as project_topk_tests
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import (
     candidate_scores,
     entropy_topk,
     lm_head_entropy_topk,
@@ -24,25 +32,15 @@ from ggro_kernels import (
     score_select,
     weighted_bt_loss,
 )
-from ggro_kernels.testing import assert_exact_selection, assert_within_budget
-from tests.ggro_kernels import strategies
-from tests.ggro_kernels import test_entropy_topk_backward as backward_tests
-from tests.ggro_kernels import test_lm_head_entropy_topk as lm_head_tests
-from tests.ggro_kernels import test_merge_partials as merge_tests
-from tests.ggro_kernels import test_prefix_attention as attention_tests
-from tests.ggro_kernels import test_project_topk as project_topk_tests
 from tests.ggro_kernels.projections import chain_slack
 from tests.ggro_kernels.test_registration import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-def on_threads(threads: int, call: Callable[[], Any]) -> Any:
-    try:
-        torch.set_num_threads(threads)
+def shared_by(threads: int, call: Callable[[], Any]) -> Any:
+    with on_threads(threads):
         return call()
-    finally:
-        torch.set_num_threads(1)
 
 
 def assert_rows_within_budget(
@@ -69,7 +67,7 @@ def test_entropy_topk(native_impl: str, data: st.DataObject, threads: int) -> No
         return entropy_topk(logits, k, temperature=temperature, impl=native_impl)
 
     result = run()
-    assert_bitwise_equal(on_threads(threads, run), result)
+    assert_bitwise_equal(shared_by(threads, run), result)
     assert_exact_selection(result.values, result.indices, logits)
     same_precision, oracle = (
         entropy_topk(logits.to(dtype), k, temperature=temperature, impl="reference")
@@ -89,7 +87,7 @@ def test_entropy_topk_shared_between_threads(native_impl: str, data: st.DataObje
     logits, k = data.draw(strategies.tensors(shape)), data.draw(st.integers(1, 256))
     alone = entropy_topk(logits, k, impl=native_impl)
     assert_exact_selection(alone.values, alone.indices, logits)
-    assert_bitwise_equal(on_threads(threads, lambda: entropy_topk(logits, k, impl=native_impl)), alone)
+    assert_bitwise_equal(shared_by(threads, lambda: entropy_topk(logits, k, impl=native_impl)), alone)
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
@@ -106,7 +104,7 @@ def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -
         return candidate_scores(gradient, table, ids, impl=native_impl)
 
     scores = run()
-    assert_bitwise_equal(on_threads(threads, run), scores)
+    assert_bitwise_equal(shared_by(threads, run), scores)
     same_precision, oracle = (
         candidate_scores(gradient.to(dtype), table.to(dtype), ids, impl="reference")
         for dtype in (torch.float32, torch.float64)
@@ -146,7 +144,7 @@ def test_project_topk(native_impl: str, data: st.DataObject, arguments: Any, thr
     else:
         slack = chain_slack(gradient, table)
         result = project_topk_tests.check(gradient, table, k, native_impl, **options, slack=slack)
-    again = on_threads(threads, lambda: project_topk(gradient, table, k, impl=native_impl, **options))
+    again = shared_by(threads, lambda: project_topk(gradient, table, k, impl=native_impl, **options))
     assert_bitwise_equal(again, result)
 
 
@@ -160,7 +158,7 @@ def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: 
         options["temperature"] = data.draw(st.sampled_from((1.0, 0.7, 100.0)))
         slack = chain_slack(hidden, weight)
         result = lm_head_tests.check(hidden, weight, k, native_impl, **options, slack=slack)
-    again = on_threads(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=native_impl, **options))
+    again = shared_by(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=native_impl, **options))
     assert_bitwise_equal(again, result)
 
 
@@ -176,7 +174,7 @@ def test_entropy_topk_gradients(native_impl: str, data: st.DataObject, threads: 
     for row in range(rows):
         backward_tests.check(logits[row : row + 1], k, native_impl, temperature)
     alone = backward_tests.gradient_of(logits, k, native_impl, temperature)
-    shared = on_threads(threads, lambda: backward_tests.gradient_of(logits, k, native_impl, temperature))
+    shared = shared_by(threads, lambda: backward_tests.gradient_of(logits, k, native_impl, temperature))
     assert_bitwise_equal(shared, alone)
 
 
@@ -193,7 +191,7 @@ def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> 
     result = merge_partials(*partials, impl=native_impl)
     order = data.draw(st.permutations(range(len(lengths))))
     reordered = [x[order] for x in partials]
-    again = on_threads(threads, lambda: merge_partials(*reordered, impl=native_impl))
+    again = shared_by(threads, lambda: merge_partials(*reordered, impl=native_impl))
     assert_bitwise_equal(again, result)
 
 
@@ -236,7 +234,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
         return score_select(hidden, head, logits, weight, **options, impl=native_impl)
 
     sampled = sample()
-    assert_bitwise_equal(on_threads(threads, sample), sampled)
+    assert_bitwise_equal(shared_by(threads, sample), sampled)
     assert_bitwise_equal(sampled[1:], greedy[1:])
     choices = zip(sampled.index.tolist(), greedy.index.tolist(), sampled.score.double(), uniforms.double(), strict=True)
     for taken, best, score, uniform in choices:
@@ -268,7 +266,7 @@ def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -
         return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
 
     result = loss_and_gradients(dtype, native_impl)
-    assert_bitwise_equal(on_threads(threads, lambda: loss_and_gradients(dtype, native_impl)), result)
+    assert_bitwise_equal(shared_by(threads, lambda: loss_and_gradients(dtype, native_impl)), result)
     for actual, expected in zip(result, loss_and_gradients(torch.float64, "reference"), strict=True):
         limits = torch.finfo(actual.dtype)
         torch.testing.assert_close(
@@ -319,5 +317,5 @@ def attentions(draw: Any) -> dict[str, Any]:
 @given(arguments=attentions(), threads=strategies.thread_counts)
 def test_prefix_attention(native_impl: str, arguments: dict[str, Any], threads: int) -> None:
     output = attention_tests.check(arguments, native_impl)
-    again = on_threads(threads, lambda: prefix_attention(**arguments, impl=native_impl))
+    again = shared_by(threads, lambda: prefix_attention(**arguments, impl=native_impl))
     assert_bitwise_equal(again, output)

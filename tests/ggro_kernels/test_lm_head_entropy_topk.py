@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import EntropyTopK, entropy_topk, lm_head_entropy_topk
+from ggro_kernels import EntropyTopK
 from ggro_kernels.testing import (
     assert_exact_selection,
     assert_selection_within_budget,
     assert_within_budget,
     bitwise,
 )
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import entropy_topk, lm_head_entropy_topk
 from tests.ggro_kernels.projections import (
     DTYPES,
     LARGE_SHAPES,
@@ -329,29 +331,23 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(
     hidden = hidden / 8
     options = {"bias": torch.linspace(-1, 1, 2603), "softcap": 5.0, "temperature": 0.7, "impl": native_impl}
     whole = lm_head_entropy_topk(hidden, weight, 25, **options)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with on_threads(threads):
             for first, last in ((0, 33), (0, 1), (7, 12), (11, 25), (20, 33), (32, 33)):
                 part = lm_head_entropy_topk(hidden[first:last], weight, 25, **options)
                 assert torch.equal(part.indices, whole.indices[first:last])
                 for actual, expected in zip(part[:3], whole[:3], strict=True):
                     assert torch.equal(bitwise(actual), bitwise(expected[first:last]))
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_special_rows_shared_between_threads(native_impl: str) -> None:
     hidden, weight = integers(2, 1, 9), integers(2, 9001, 9)
     bias = torch.zeros(9001)
-    try:
-        torch.set_num_threads(4)
+    with on_threads(4):
         for value in (-inf, nan, inf):
             bias[4000:] = value
             check_exactly(hidden, weight, 25, native_impl, bias=bias)
         check_exactly(hidden, weight, 25, native_impl, bias=bias.fill_(-inf))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import EntropyTopK, entropy_topk, merge_partials
+from ggro_kernels import EntropyTopK
 from ggro_kernels.testing import assert_exact_selection, assert_within_budget, bitwise
+from tests.ggro_kernels.placed import entropy_topk, merge_partials
 from tests.ggro_kernels.test_entropy_topk import adversarial_rows, random_logits, torch_statistics
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

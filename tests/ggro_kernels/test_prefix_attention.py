@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from ggro_kernels import prefix_attention
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import prefix_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -262,12 +263,9 @@ def test_result_is_bitwise_the_same_alone_in_any_batch_and_on_any_threads(
     branches = (1, 30, 1, 70, 3)
     arguments = inputs(2, 6, 2, 40, 333, branches, dtype) | options
     whole = bitwise(prefix_attention(**arguments, impl=native_impl))
-    try:
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (2, 3, 8):
+        with on_threads(threads):
             assert torch.equal(bitwise(prefix_attention(**arguments, impl=native_impl)), whole)
-    finally:
-        torch.set_num_threads(1)
     # Every branch by itself in a batch of one, then cut short.
     for index, length in enumerate(branches):
         first = sum(branches[:index])

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import ProjectTopK, project_topk
+from ggro_kernels import ProjectTopK
 from ggro_kernels.testing import assert_exact_selection, assert_selection_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import project_topk
 from tests.ggro_kernels.projections import (
     DTYPES,
     LARGE_SHAPES,
@@ -251,27 +253,21 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(
     gradient, table = matrices(33, 1031, 257, left_dtype, right_dtype)
     bias, forbidden = torch.linspace(-1, 1, 1031), torch.arange(1031) % 7 == 0
     whole = project_topk(gradient, table, 25, bias=bias, forbidden=forbidden, impl=native_impl)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with on_threads(threads):
             for first, last in ((0, 33), (0, 1), (7, 12), (11, 25), (20, 33), (32, 33)):
                 part = project_topk(gradient[first:last], table, 25, bias=bias, forbidden=forbidden, impl=native_impl)
                 assert torch.equal(part.indices, whole.indices[first:last])
                 assert torch.equal(bitwise(part.scores), bitwise(whole.scores[first:last]))
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_special_rows_shared_between_threads(native_impl: str) -> None:
     gradient, table = integers(2, 1, 9), integers(2, 9001, 9)
-    try:
-        torch.set_num_threads(4)
+    with on_threads(4):
         for value in (nan, inf, -inf):
             table[::3000] = value
             check_exactly(gradient, table, 25, native_impl)
             check_exactly(gradient, table, 25, native_impl, forbidden=torch.arange(9001) < 8990)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)])

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from ggro_kernels import candidate_scores, entropy_topk
 from ggro_kernels.library import NAMESPACE, registered_ops
 from ggro_kernels.testing import bitwise
+from tests.ggro_kernels.implementations import on_threads
 from tests.ggro_kernels.op_calls import OpCalls
 from tests.ggro_kernels.samples import SAMPLES, OpSample
 
@@ -148,12 +149,9 @@ def test_same_bits_for_any_number_of_threads(sample: OpSample, native_impl: str)
     if any(value.dtype == torch.float64 for value in sample.arguments.values() if isinstance(value, torch.Tensor)):
         pytest.skip("fp64 has no native kernels")
     alone = sample.function(**sample.arguments, impl=native_impl)
-    try:
-        for threads in (2, 3, 4, 7):
-            torch.set_num_threads(threads)
+    for threads in (2, 3, 4, 7):
+        with on_threads(threads):
             assert_bitwise_equal(sample.function(**sample.arguments, impl=native_impl), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

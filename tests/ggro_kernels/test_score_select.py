@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import ScoreSelect, score_select
+from ggro_kernels import ScoreSelect
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import score_select
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -188,14 +190,11 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.
         return [result.index, bitwise(result.reward), bitwise(result.score)]
 
     whole = bits(0, 20)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with on_threads(threads):
             for first, last in ((0, 20), (0, 1), (7, 12), (19, 20)):
                 for a, b in zip(bits(first, last), whole, strict=True):
                     assert torch.equal(a, b[first:last])
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("position", range(3))

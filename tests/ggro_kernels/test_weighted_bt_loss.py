@@ -7,8 +7,10 @@ import torch
 from torch import inf, nan
 from torch.nn.functional import logsigmoid
 
-from ggro_kernels import binary_entropy_weight, weighted_bt_loss
+from ggro_kernels import binary_entropy_weight
 from ggro_kernels.testing import assert_within_budget, bitwise
+from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.placed import weighted_bt_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -186,13 +188,10 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, native_impl: str) -> 
         return [bitwise(x) for x in (loss.detach(), *torch.autograd.grad(loss, (chosen, rejected)))]
 
     alone = bits()
-    try:
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (2, 3, 8):
+        with on_threads(threads):
             for a, b in zip(bits(), alone, strict=True):
                 assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
