@@ -6,7 +6,7 @@ AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp csr
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-asan check-aarch64 lint format bench readme-table clean
+.PHONY: help build demo test test-asan triton-cubins check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ test: .venv/installed  ## all tests
 
 test-asan: .venv/installed  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/test-asan
+
+triton-cubins: .venv/installed  ## the Triton kernels compile for sm_80, sm_90 and sm_100, without a spill
+	$(BIN)/python -m tests.cubins
 
 check-aarch64: $(AARCH64_OBJECTS)  ## the CPU kernels compile for aarch64, without a warning
 

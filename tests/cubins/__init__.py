@@ -1,0 +1,1 @@
+"""Compiles every Triton kernel for real GPUs, without one: `python -m tests.cubins`."""

@@ -1,0 +1,114 @@
+"""Compiling the kernels that a call launches, for a GPU that is not there."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ggro_kernels import dispatch
+from tests.cubins.cases import Case
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """What a compiled kernel uses."""
+
+    case: str
+    kernel: str
+    architecture: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    spilled: int
+    """Instructions that store to or load from local memory."""
+    loads: dict[int, int]
+    """Number of load instructions of global memory by their width in bytes."""
+
+
+class _Absent:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        # Compiled kernels are kept by device.
+        return self.architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> None:
+        return None
+
+
+def compile_case(case: Case, architecture: int) -> list[Cubin]:
+    """The kernels of `case` for sm_`architecture`, in the order of their launches."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    obstacle = dispatch._obstacle
+    try:
+        driver.set_active(_Absent(architecture))
+        JITFunction.run = compile_only
+        dispatch._obstacle = lambda *_: None
+        case.call()
+    finally:
+        JITFunction.run = run
+        dispatch._obstacle = obstacle
+    return [_inspect(case.name, architecture, kernel) for kernel in compiled]
+
+
+def _inspect(case: str, architecture: int, kernel: Any) -> Cubin:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        instructions = _output("nvdisasm", file.name)
+    loads = Counter(
+        int(width or 32) // 8
+        for width in re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z]+)*(?:\.(8|16|64|128))?\b", _widths(instructions))
+    )
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump did not tell the registers of {case}: {usage}")
+    return Cubin(
+        case=case,
+        kernel=kernel.metadata.name,
+        architecture=architecture,
+        warps=kernel.metadata.num_warps,
+        registers=int(registers[1]),
+        shared_bytes=kernel.metadata.shared,
+        spilled=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
+        loads=dict(loads),
+    )
+
+
+def _output(program: str, *arguments: str) -> str:
+    return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _widths(instructions: str) -> str:
+    """The instructions with `.U8` and `.S16` as `.8` and `.16`, as loads of 64 and 128 bits write their width."""
+    return re.sub(r"\.[US](8|16)\b", r".\1", instructions)
