@@ -5,6 +5,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "counts.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -110,7 +111,7 @@ class SlabProduct {
         }
         transpose(tile);
         for (int64_t r = 0; r < rows_; r += kGroupRows) {
-          multiply_group(tile, r, depth, i, std::min<int64_t>(kGroupRows, rows_ - r), sums + r * kLanes);
+          multiply_group(tile, r, depth, i, std::min(kGroupRows, rows_ - r), sums + r * kLanes);
         }
       }
       for (; i < count_units<Unit>(chunk); ++i) {
@@ -129,29 +130,12 @@ class SlabProduct {
     }
   }
 
+  // kLanes depth steps of `rows` rows of a, from `row` on, with the transposed tile.
   void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, int64_t rows,
                       float* sums) const {
-    switch (rows) {
-      case 1:
-        return multiply_group<1>(tile, row, depth, unit, sums);
-      case 2:
-        return multiply_group<2>(tile, row, depth, unit, sums);
-      case 3:
-        return multiply_group<3>(tile, row, depth, unit, sums);
-      case 4:
-        return multiply_group<4>(tile, row, depth, unit, sums);
-      case 5:
-        return multiply_group<5>(tile, row, depth, unit, sums);
-      case 6:
-        return multiply_group<6>(tile, row, depth, unit, sums);
-      case 7:
-        return multiply_group<7>(tile, row, depth, unit, sums);
-      case 8:
-        return multiply_group<8>(tile, row, depth, unit, sums);
-    }
+    with_count<kGroupRows>(rows, [&](auto count) { multiply_group<count>(tile, row, depth, unit, sums); });
   }
 
-  // kLanes depth steps of kRows rows of a, from `row` on, with the transposed tile.
   template <int kRows>
   void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, float* sums) const {
     Vec vectors[kRows];
