@@ -29,7 +29,16 @@ constexpr int64_t kDirectRows = 24;
 // Rows that are multiplied at once: more of them take turns, which bounds the memory for their scores.
 constexpr int64_t kMaxRows = 1024;
 
-// One thread's products of a [rows, width] with slabs of table [vocab, width], rows <= kMaxRows.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int64_t count;
+};
+
+inline int64_t slab_count(int64_t table_rows) { return (table_rows + kSlab - 1) / kSlab; }
+
+// One thread's products of a [rows, width], rows <= kMaxRows, with slabs of table [vocab, width].
 // The bits of a product depend on the two rows and the instruction set only: the order of summation is that of the
 // depth, in chains of kDepthChunk, on every path.
 template <typename A, typename B>
@@ -37,14 +46,14 @@ class SlabProduct {
   using Unit = ProductUnit<A, B>;
 
  public:
-  SlabProduct(const A* a, int64_t a_stride, int64_t rows, const B* table, int64_t table_stride, int64_t width)
-      : a_(a),
-        a_stride_(a_stride),
-        rows_(rows),
-        table_(table),
-        table_stride_(table_stride),
+  SlabProduct(const Rows<A>& a, const Rows<B>& table, int64_t width)
+      : a_(a.data),
+        a_stride_(a.stride),
+        rows_(a.count),
+        table_(table.data),
+        table_stride_(table.stride),
         width_(width),
-        scores_(new float[rows * kSlab]) {
+        scores_(new float[a.count * kSlab]) {
     if (rows_ <= kDirectRows) return;
     tiles_ = (rows_ + kTileRows - 1) / kTileRows;
     packed_a_.reset(new Unit[tiles_ * kPackedRows]);
