@@ -10,6 +10,7 @@ torch.profiler, whose own cost is in that run's wall time: compare it with the p
 """
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable
@@ -333,7 +334,8 @@ def main(argv: list[str] | None = None) -> int:
         runs.append(measure_size(size, device, DTYPES[arguments.dtype], arguments.prompt, arguments.new_tokens, share))
         print(format_run(runs[-1], arguments.new_tokens), flush=True)
         if device.type == "cuda":
-            # The next pair needs the memory of this one, whose last references are gone.
+            # The next pair needs the memory of this one.
+            gc.collect()
             torch.cuda.empty_cache()
     report = {
         "device": device_name(device),

@@ -90,7 +90,7 @@ def test_a_token_waits_for_the_gpu_once(name):
             generation = decoder.respond(request(policy))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    waits = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(generation.token_ids) == NEW_TOKENS
     assert len(waits) == NEW_TOKENS, waits
 
