@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from benchmarks import ceilings
-from benchmarks.gpu.session import GpuSession
+from benchmarks.gpu.session import NO_TIME, GpuSession
 from benchmarks.registry import OURS, Case, dtype_name, load_cases
 from benchmarks.session import ROOT, Session, SessionError, Timings
 from ggro_hf.report.benchmarks import COLD, MODES, BenchmarkReport, BenchmarkRow, Ceiling
@@ -52,7 +52,7 @@ def build_gpu_report(session: GpuSession) -> BenchmarkReport:
         timings |= {(case, mode, provider): seconds for (mode, provider), seconds in measured.timings.items()}
         peaks |= {(case, provider): size for provider, size in measured.extra_bytes.items()}
         notes += [f"{case}, {who}: {reason}" for who, reason in measured.failures.items()]
-    notes += [f"{case}: no time left" for case in session.left_out]
+    notes += [f"{case}: {NO_TIME}" for case in session.left_out]
     missing = [case.name for case in ceilings.GPU_CASES if (case.name, COLD, "torch") not in timings]
     if missing:
         raise SessionError(f"{missing[0]} was not measured, which the others are compared with: {'; '.join(notes)}")
@@ -60,7 +60,8 @@ def build_gpu_report(session: GpuSession) -> BenchmarkReport:
     rows = []
     for case in load_cases(gpu=True):
         for mode in MODES:
-            rows += case_rows(case, limit, timings, peaks, mode)
+            # Memory is the same in every mode.
+            rows += case_rows(case, limit, timings, peaks if mode == COLD else {}, mode)
     machine = {"kind": gpu_kind(session.machine["gpu"]), **session.machine}
     return _report(session.capabilities, machine, [limit], rows, notes)
 
