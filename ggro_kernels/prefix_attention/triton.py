@@ -20,6 +20,7 @@ from ggro_kernels.triton_parts.tuning import tuned
 # A token whose branch has at most this many tokens so far attends to them while its row is merged, others in tiles.
 SHORT_BRANCH = tl.constexpr(16)
 SLOTS_AT_ONCE = tl.constexpr(16)
+EXACT_COLUMNS = tl.constexpr(16)
 NO_SEGMENT = tl.constexpr(2**31 - 1)
 MAX_COLUMNS = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -110,21 +111,22 @@ def _attend(
 
             p_tile = p_value + o_token[:, None] * value_stride
             b_value = tl.load(p_tile + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)
-            b_weight = b_weight.to(b_value.dtype)
             if EXACT:
-                m_finite = tl.abs(b_value.to(tl.float32)) < float("inf")
-                b_finite = tl.where(m_finite, b_value, 0.0).to(OPERAND)
-                b_out = tl.dot(b_weight.to(OPERAND), b_finite, b_out, input_precision="ieee")
-                if tl.min(m_finite.to(tl.int32)) == 0:
-                    for n in range(tile, tl.minimum(tile + BLOCK_N, end)):
-                        p_one = p_value + (segment + n).to(tl.int64) * value_stride
-                        b_one = tl.load(p_one + o_v, mask=m_v, other=0.0).to(tl.float32)
-                        b_of_one = tl.sum(tl.where((o_n == n)[None, :], b_weight.to(tl.float32), 0.0), 1)
-                        m_one = m_in & (n >= b_first) & (n < b_end)
-                        m_add = m_one[:, None] & ((tl.abs(b_one) < float("inf")) == 0)[None, :]
-                        b_out = tl.where(m_add, b_out + b_of_one[:, None] * b_one[None, :], b_out)
-            else:
-                b_out = tl.dot(b_weight.to(OPERAND), b_value.to(OPERAND), b_out, input_precision="ieee")
+                # Which columns get what infinity or NaN, counted: weights of 1, 2^7 and 2^14 for at most 2^7 keys.
+                b_wide = b_value.to(tl.float32)
+                b_code = tl.where(b_wide == float("inf"), 1.0, tl.where(b_wide == -float("inf"), 128.0, 16384.0))
+                m_finite = tl.abs(b_wide) < float("inf")
+                b_code = tl.where(m_finite, 0.0, b_code).to(b_value.dtype)
+                b_sees = tl.where(m_seen, tl.where(b_weight > 0.0, 1.0, 16384.0), 0.0).to(b_value.dtype)
+                b_found = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
+                b_found = tl.dot(b_sees.to(OPERAND), b_code.to(OPERAND), b_found, input_precision="ieee")
+                b_found = tl.minimum(b_found, 16384.0).to(tl.int32)
+                b_value = tl.where(m_finite, b_value, 0.0)
+                b_other = tl.where(b_found < 128, float("inf"), -float("inf"))
+                m_nan = (b_found >= 128) & (b_found % 128 > 0) | (b_found == 16384)
+                b_out = tl.where(b_found > 0, tl.where(m_nan, float("nan"), b_out + b_other), b_out)
+            b_weight = b_weight.to(b_value.dtype)
+            b_out = tl.dot(b_weight.to(OPERAND), b_value.to(OPERAND), b_out, input_precision="ieee")
         segment = tl.min(tl.where(b_segment > segment, b_segment, NO_SEGMENT), 0)
     return b_max, b_sum, b_out
 
@@ -226,18 +228,24 @@ def _attend_kernel(
             p_row, b_query, m_row, b_segment, b_first, b_end, p_key, key_stride, p_value, value_stride, column, factor,
             cap, CAPPED, KEY_WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, OPERAND, EXACT=False,
         )  # fmt: skip
-        if tl.min((tl.abs(b_out) < float("inf")).to(tl.int32)) == 0:
-            b_max, b_sum, b_out = _attend(
-                p_row, b_query, m_row, b_segment, b_first, b_end, p_key, key_stride, p_value, value_stride, column,
-                factor, cap, CAPPED, KEY_WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, OPERAND, EXACT=True,
-            )  # fmt: skip
         o_partial = (i_head * slots + slot).to(tl.int64) * rows + o_row
         if column == 0:
             tl.store(p_maxima + o_partial, b_max, mask=m_attends)
             tl.store(p_sums + o_partial, b_sum, mask=m_attends)
-        o_v = column + tl.arange(0, BLOCK_V)
-        p_partial = p_partials + o_partial[:, None] * VALUE_WIDTH + o_v[None, :]
-        tl.store(p_partial, b_out, mask=m_attends[:, None] & (o_v < VALUE_WIDTH)[None, :])
+        p_partial = p_partials + o_partial[:, None] * VALUE_WIDTH
+        if tl.min((tl.abs(b_out) < float("inf")).to(tl.int32)) == 1:
+            o_v = column + tl.arange(0, BLOCK_V)
+            tl.store(p_partial + o_v[None, :], b_out, mask=m_attends[:, None] & (o_v < VALUE_WIDTH)[None, :])
+        else:
+            # Few columns at a time, for want of registers.
+            for some in range(column, column + BLOCK_V, EXACT_COLUMNS):
+                b_max, b_sum, b_some = _attend(
+                    p_row, b_query, m_row, b_segment, b_first, b_end, p_key, key_stride, p_value, value_stride, some,
+                    factor, cap, CAPPED, KEY_WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, BLOCK_D, EXACT_COLUMNS, OPERAND,
+                    EXACT=True,
+                )  # fmt: skip
+                o_v = some + tl.arange(0, EXACT_COLUMNS)
+                tl.store(p_partial + o_v[None, :], b_some, mask=m_attends[:, None] & (o_v < VALUE_WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "prefix_tokens", "window", "slots"])
@@ -367,8 +375,8 @@ def _tuned(kernel: Any, *configurations: triton.Config) -> Any:
 _NARROW = 128
 _attend_half = _tuned(
     _attend_kernel,
-    _attend_configuration(64, 64, warps=4, stages=3),
     _attend_configuration(64, 32, warps=4, stages=4),
+    _attend_configuration(64, 64, warps=8, stages=3),
     _attend_configuration(128, 64, warps=8, stages=3),
 )
 _attend_wide_half = _tuned(_attend_kernel, _attend_configuration(64, 32, warps=8, stages=2))
