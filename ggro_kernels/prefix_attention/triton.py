@@ -22,6 +22,7 @@ SHORT_BRANCH = tl.constexpr(16)
 SLOTS_AT_ONCE = tl.constexpr(16)
 EXACT_COLUMNS = tl.constexpr(16)
 NO_SEGMENT = tl.constexpr(2**31 - 1)
+NARROW = 128
 MAX_COLUMNS = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -91,9 +92,7 @@ def _attend(
                 m_d = d + o_d < KEY_WIDTH
                 b_more = tl.load(p_query[:, None] + (d + o_d)[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
                 b_key = tl.load(p_tile + (d + o_d)[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-                b_product = tl.dot(
-                    b_more.to(OPERAND), tl.trans(b_key.to(OPERAND)), b_product, input_precision="ieee"
-                )
+                b_product = tl.dot(b_more.to(OPERAND), tl.trans(b_key.to(OPERAND)), b_product, input_precision="ieee")
 
             b_score = b_product * factor
             if CAPPED:
@@ -177,7 +176,7 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program = BLOCK_M rows of a key head, BLOCK_V columns, and one slot: 0 for branches, 1 + a split of the prefix."""
+    """Program = BLOCK_M rows of a key head, BLOCK_V columns, one slot: 0 for branches, 1 + a split of the prefix."""
     rows = tokens * GROUP
     row_tiles = (rows + BLOCK_M - 1) // BLOCK_M
     value_tiles: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
@@ -208,7 +207,7 @@ def _attend_kernel(
     b_first = tl.maximum(b_unseen, tl.maximum((slot - 1) * 256, (slot - 13) * 1024))
     b_end = tl.minimum(length, tl.maximum(slot * 256, (slot - 12) * 1024)) + tl.full([BLOCK_M], 0, tl.int32)
     b_segment = tl.where(m_row & (b_first < b_end), 0, NO_SEGMENT)
-    if BRANCHES:
+    if BRANCHES:  # noqa: SIM102 - known when the kernel is compiled
         if slot == 0:
             p_key = p_branch_key + batch * branch_key_batch + head * branch_key_head
             p_value = p_branch_value + batch * branch_value_batch + head * branch_value_head
@@ -372,7 +371,6 @@ def _tuned(kernel: Any, *configurations: triton.Config) -> Any:
     return tuned(*configurations, key=("KEY_WIDTH", "VALUE_WIDTH", "GROUP"))(kernel)
 
 
-_NARROW = 128
 _attend_half = _tuned(
     _attend_kernel,
     _attend_configuration(64, 32, warps=4, stages=4),
@@ -425,9 +423,12 @@ def prefix_attention(
         batch * key_heads, 1 + splits, tokens * group, value_width, dtype=torch.float32, device=query.device
     )
     maxima, sums = torch.empty(2, *partials.shape[:3], dtype=torch.float32, device=query.device)
-    block_d, block_v = (min(triton.next_power_of_2(max(x, 16)), MAX_COLUMNS) for x in (key_width, value_width))
+    block_d, block_v = (triton.next_power_of_2(max(x, 16)) for x in (key_width, value_width))
+    if max(block_d, block_v) > MAX_COLUMNS:
+        # The scores are computed piece by piece, and again for every block of values.
+        block_d, block_v = min(block_d, 64), min(block_v, 64 if query.dtype == torch.float32 else 128)
     value_tiles = triton.cdiv(value_width, block_v)
-    wide = max(block_d, block_v) > _NARROW
+    wide = max(key_width, value_width) > NARROW
     queries = (query, *query.stride()[:3])
     branch = (branch_key, *branch_key.stride()[:3], branch_value, *branch_value.stride()[:3])
     prefix = (prefix_key, *prefix_key.stride()[:3], prefix_value, *prefix_value.stride()[:3])
