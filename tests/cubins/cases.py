@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from ggro_kernels import entropy_topk
+from ggro_kernels import entropy_topk, prefix_attention
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,5 +52,48 @@ def _entropy_topk_cases() -> list[Case]:
     return forward + backward
 
 
+def _prefix_attention(
+    dtype: torch.dtype, tokens: int, heads: tuple[int, int], widths: tuple[int, int], every_option: bool
+) -> None:
+    def empty(heads: int, length: int, width: int) -> torch.Tensor:
+        return torch.empty(2, heads, length, width, dtype=dtype)
+
+    (query_heads, key_heads), (width, value_width) = heads, widths
+    options: dict = {}
+    if every_option:
+        options = {"prefix_lengths": torch.zeros(2, dtype=torch.int64), "window": 100, "softcap": 5.0}
+    prefix_attention(
+        empty(query_heads, tokens, width),
+        empty(key_heads, 2048, width),
+        empty(key_heads, 2048, value_width),
+        empty(key_heads, tokens, width),
+        empty(key_heads, tokens, value_width),
+        torch.zeros(2, tokens, dtype=torch.int64),
+        **options,
+        impl="triton",
+    )
+
+
+def _prefix_attention_cases() -> list[Case]:
+    return [
+        Case(
+            f"prefix_attention {name}, {tokens} tokens, {'/'.join(map(str, heads))} x {'/'.join(map(str, widths))}"
+            + ", every option" * every_option,
+            partial(_prefix_attention, dtype, tokens, heads, widths, every_option),
+            wide_loads=("_attend_kernel", "_merge_kernel") if widths[0] % 16 == 0 else (),
+        )
+        for heads, widths, tokens, every_option in (
+            ((32, 8), (128, 128), 1, False),
+            ((32, 8), (128, 128), 30, False),
+            ((32, 8), (128, 128), 30, True),
+            ((4, 4), (64, 64), 30, False),
+            ((28, 4), (24, 80), 30, True),
+            ((16, 8), (256, 256), 30, True),
+            ((16, 1), (576, 512), 30, False),
+        )
+        for name, dtype in FLOATS.items()
+    ]
+
+
 def cases() -> list[Case]:
-    return [*_entropy_topk_cases()]
+    return [*_entropy_topk_cases(), *_prefix_attention_cases()]

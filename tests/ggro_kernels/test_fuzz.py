@@ -315,7 +315,7 @@ def attentions(draw: Any) -> dict[str, Any]:
 
 @settings(max_examples=25)
 @given(arguments=attentions(), threads=strategies.thread_counts)
-def test_prefix_attention(native_impl: str, arguments: dict[str, Any], threads: int) -> None:
-    output = attention_tests.check(arguments, native_impl)
-    again = shared_by(threads, lambda: prefix_attention(**arguments, impl=native_impl))
+def test_prefix_attention(kernel_impl: str, arguments: dict[str, Any], threads: int) -> None:
+    output = attention_tests.check(arguments, kernel_impl)
+    again = shared_by(threads, lambda: prefix_attention(**arguments, impl=kernel_impl))
     assert_bitwise_equal(again, output)
