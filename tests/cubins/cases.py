@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ggro_kernels import entropy_topk
+from ggro_kernels import candidate_scores, entropy_topk
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,5 +35,22 @@ def _entropy_topk() -> list[Case]:
     ]
 
 
+def _candidate_scores() -> list[Case]:
+    def call(width: int, gradient_dtype: torch.dtype, table_dtype: torch.dtype) -> torch.Tensor:
+        gradient, table = torch.empty(256, width, dtype=gradient_dtype), torch.empty(2, width, dtype=table_dtype)
+        return candidate_scores(gradient, table, torch.zeros(256, 25, dtype=torch.int64), impl="triton")
+
+    pairs = [(left, right) for left in FLOATS for right in FLOATS]
+    return [
+        Case(
+            f"candidate_scores {width} {left} by {right}",
+            lambda width=width, left=left, right=right: call(width, FLOATS[left], FLOATS[right]),
+            wide_loads=width % 16 == 0,
+        )
+        for width, some in ((4096, pairs), (1031, [("fp32", "fp32"), ("bf16", "bf16")]))
+        for left, right in some
+    ]
+
+
 def cases() -> list[Case]:
-    return [*_entropy_topk()]
+    return [*_entropy_topk(), *_candidate_scores()]

@@ -91,7 +91,7 @@ def test_entropy_topk_shared_between_threads(native_impl: str, data: st.DataObje
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_candidate_scores(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     positions, candidates = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 30))
     vocab, width = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.just(0), strategies.sizes(300, 1024, 2049)))
     exact = data.draw(st.booleans())
@@ -101,7 +101,7 @@ def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -
     ids = data.draw(strategies.ids((positions, candidates), vocab))
 
     def run() -> Any:
-        return candidate_scores(gradient, table, ids, impl=native_impl)
+        return candidate_scores(gradient, table, ids, impl=kernel_impl)
 
     scores = run()
     assert_bitwise_equal(shared_by(threads, run), scores)
