@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk
+from ggro_kernels import candidate_scores, entropy_topk, score_select
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,5 +52,25 @@ def _candidate_scores() -> list[Case]:
     ]
 
 
+def _score_select() -> list[Case]:
+    def call(candidates: int, width: int, dtype: torch.dtype, sample: bool) -> object:
+        hidden, head = torch.empty(2, candidates, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        options = {"mode": "categorical", "uniforms": torch.zeros(2)} if sample else {}
+        return score_select(hidden, head, torch.empty(2, candidates, dtype=dtype), 1.0, **options, impl="triton")
+
+    return [
+        Case(
+            f"score_select {candidates} {width} {name} {'categorical' if sample else 'greedy'}",
+            lambda candidates=candidates, width=width, dtype=dtype, sample=sample: call(
+                candidates, width, dtype, sample
+            ),
+            wide_loads=width % 16 == 0,
+        )
+        for candidates, width in ((30, 4096), (30, 1031), (500, 4096))
+        for name, dtype in FLOATS.items()
+        for sample in (False, True)
+    ]
+
+
 def cases() -> list[Case]:
-    return [*_entropy_topk(), *_candidate_scores()]
+    return [*_entropy_topk(), *_candidate_scores(), *_score_select()]

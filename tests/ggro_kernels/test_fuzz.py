@@ -196,7 +196,7 @@ def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> 
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_score_select(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, candidates = data.draw(st.integers(0, 5)), data.draw(strategies.sizes(300))
     width = data.draw(st.one_of(st.just(0), strategies.sizes(100, 1031)))
     weight = data.draw(st.sampled_from((1.0, 0.0, -2.0, 0.5)))
@@ -208,7 +208,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
     if data.draw(st.booleans()):
         logits = logits.masked_fill(data.draw(strategies.masks(logits.shape)), -torch.inf)
 
-    greedy = score_select(hidden, head, logits, weight, impl=native_impl)
+    greedy = score_select(hidden, head, logits, weight, impl=kernel_impl)
     # NaN is torch's largest value too, and its argmax the first of equal ones.
     assert torch.equal(greedy.index, greedy.score.argmax(dim=1))
     same_precision, oracle = (
@@ -231,7 +231,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
 
     def sample() -> ScoreSelect:
         options = {"mode": "categorical", "temperature": temperature, "uniforms": uniforms}
-        return score_select(hidden, head, logits, weight, **options, impl=native_impl)
+        return score_select(hidden, head, logits, weight, **options, impl=kernel_impl)
 
     sampled = sample()
     assert_bitwise_equal(shared_by(threads, sample), sampled)
