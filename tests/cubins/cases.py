@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk, score_select
+from ggro_kernels import candidate_scores, entropy_topk, score_select, weighted_bt_loss
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,5 +72,29 @@ def _score_select() -> list[Case]:
     ]
 
 
+def _weighted_bt_loss() -> list[Case]:
+    def call(dtype: torch.dtype, weights_dtype: torch.dtype, reduction: str) -> None:
+        chosen, rejected = (torch.empty(8, 1024, dtype=dtype, requires_grad=True) for _ in range(2))
+        positions = torch.zeros(8, 256, dtype=torch.int64)
+        weights = torch.empty(8, 256, dtype=weights_dtype)
+        weighted_bt_loss(chosen, rejected, positions, positions, weights, reduction=reduction, impl="triton").backward()
+
+    return [
+        Case(
+            f"weighted_bt_loss {name} by {weights}, {reduction}",
+            lambda name=name, weights=weights, reduction=reduction: call(FLOATS[name], FLOATS[weights], reduction),
+            # Gathers, of little.
+            wide_loads=False,
+        )
+        for name, weights, reduction in (
+            ("fp32", "fp32", "mean"),
+            ("fp32", "fp32", "sum"),
+            ("bf16", "fp32", "mean"),
+            ("bf16", "bf16", "mean"),
+            ("fp16", "fp32", "mean"),
+        )
+    ]
+
+
 def cases() -> list[Case]:
-    return [*_entropy_topk(), *_candidate_scores(), *_score_select()]
+    return [*_entropy_topk(), *_candidate_scores(), *_score_select(), *_weighted_bt_loss()]

@@ -249,7 +249,7 @@ def test_score_select(kernel_impl: str, data: st.DataObject, threads: int) -> No
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_weighted_bt_loss(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, pairs = data.draw(st.integers(0, 5)), data.draw(st.one_of(st.integers(0, 20), st.integers(0, 300)))
     lengths, dtype = [data.draw(strategies.sizes(300)) for _ in range(2)], data.draw(strategies.dtypes)
     rewards = [data.draw(strategies.tensors((rows, length), dtype, largest=1e15)) for length in lengths]
@@ -265,8 +265,8 @@ def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -
         loss = weighted_bt_loss(*leaves, *positions, weights, reduction=reduction, impl=impl)
         return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
 
-    result = loss_and_gradients(dtype, native_impl)
-    assert_bitwise_equal(shared_by(threads, lambda: loss_and_gradients(dtype, native_impl)), result)
+    result = loss_and_gradients(dtype, kernel_impl)
+    assert_bitwise_equal(shared_by(threads, lambda: loss_and_gradients(dtype, kernel_impl)), result)
     for actual, expected in zip(result, loss_and_gradients(torch.float64, "reference"), strict=True):
         limits = torch.finfo(actual.dtype)
         torch.testing.assert_close(
