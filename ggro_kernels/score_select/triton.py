@@ -41,11 +41,14 @@ def _score_select_kernel(
     row = tl.program_id(0).to(tl.int64)
     BLOCK_D: tl.constexpr = BLOCK_BYTES * 8 // p_hidden.dtype.element_ty.primitive_bitwidth
     BLOCKS: tl.constexpr = (K_PADDED + BLOCK_K - 1) // BLOCK_K
+    if SAMPLE:
+        uniform = tl.load(p_uniforms + row).to(tl.float64)
     # Kept in registers: what other threads wrote to memory could be read after a barrier only.
     b_scores = tl.full([BLOCKS, BLOCK_K], float("-inf"), tl.float32)
     for block in range((candidates + BLOCK_K - 1) // BLOCK_K):
         o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = o_k < candidates
+        b_logit = tl.load(p_logits + row * candidates + o_k, mask=m_k, other=0.0).to(tl.float32)
         p_block = p_hidden + row * hidden_row_stride + o_k.to(tl.int64)[:, None] * hidden_candidate_stride
         b_sum = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
         for first in tl.range(0, width, BLOCK_D, num_stages=STAGES):
@@ -55,7 +58,6 @@ def _score_select_kernel(
             b_head = tl.load(p_head + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_sum += b_hidden * b_head[None, :]
         b_reward = tl.sum(b_sum, axis=1)  # [BLOCK_K]
-        b_logit = tl.load(p_logits + row * candidates + o_k, mask=m_k, other=0.0).to(tl.float32)
         # Padding stays out of reach whatever its reward, which may be NaN.
         b_score = tl.where(b_logit == float("-inf"), b_logit, b_logit + weight * b_reward)
         tl.store(p_reward + row * candidates + o_k, b_reward, mask=m_k)
@@ -75,7 +77,7 @@ def _score_select_kernel(
         b_exponent = (b_score.to(tl.float64) - largest.to(tl.float64)) / temperature
         b_probability = tl.where(m_k, tl.exp(b_exponent), 0.0)
         b_cumulative = tl.cumsum(b_probability, axis=0)
-        threshold = tl.load(p_uniforms + row).to(tl.float64) * tl.max(b_cumulative, axis=0)
+        threshold = uniform * tl.max(b_cumulative, axis=0)
         # Sums in parallel may differ in their last bit where nothing is added between them.
         m_above = (b_cumulative > threshold) & (b_probability > 0.0)
         sampled = tl.min(tl.where(m_above, o_k, candidates - 1), axis=0)

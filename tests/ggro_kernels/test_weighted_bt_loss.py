@@ -195,6 +195,22 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, kernel_impl: str) -> 
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_row_do_not_depend_on_the_batch(dtype: torch.dtype, kernel_impl: str) -> None:
+    pairs = inputs(6, (70, 150), 90, dtype)
+
+    def gradients(rows: slice) -> list[torch.Tensor]:
+        chosen, rejected, *others = (x[rows] for x in pairs)
+        chosen.requires_grad_(), rejected.requires_grad_()
+        loss = weighted_bt_loss(chosen, rejected, *others, reduction="sum", impl=kernel_impl)
+        return [bitwise(x) for x in torch.autograd.grad(loss, (chosen, rejected))]
+
+    whole = gradients(slice(6))
+    for first, last in ((0, 1), (2, 5)):
+        for a, b in zip(gradients(slice(first, last)), whole, strict=True):
+            assert torch.equal(a, b[first:last])
+
+
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
 def test_position_outside_the_rewards(bad: int, checking_impl: str) -> None:
     chosen, rejected, chosen_positions, rejected_positions, weights = inputs(3, (7, 7), 4)
