@@ -30,7 +30,7 @@ def _score_select_kernel(
     candidates,
     width,
     weight,
-    temperature: tl.float64,
+    inverse_temperature: tl.float64,
     SAMPLE: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -41,8 +41,6 @@ def _score_select_kernel(
     row = tl.program_id(0).to(tl.int64)
     BLOCK_D: tl.constexpr = BLOCK_BYTES * 8 // p_hidden.dtype.element_ty.primitive_bitwidth
     BLOCKS: tl.constexpr = (K_PADDED + BLOCK_K - 1) // BLOCK_K
-    if SAMPLE:
-        uniform = tl.load(p_uniforms + row).to(tl.float64)
     # Kept in registers: what other threads wrote to memory could be read after a barrier only.
     b_scores = tl.full([BLOCKS, BLOCK_K], float("-inf"), tl.float32)
     for block in range((candidates + BLOCK_K - 1) // BLOCK_K):
@@ -64,6 +62,8 @@ def _score_select_kernel(
         tl.store(p_score + row * candidates + o_k, b_score, mask=m_k)
         b_scores = tl.where(tl.arange(0, BLOCKS)[:, None] == block, b_score[None, :], b_scores)
 
+    if SAMPLE:
+        uniform = tl.load(p_uniforms + row).to(tl.float64)
     o_k = tl.arange(0, BLOCKS * BLOCK_K)
     m_k = o_k < candidates
     b_score = tl.reshape(b_scores, [BLOCKS * BLOCK_K])
@@ -74,7 +74,7 @@ def _score_select_kernel(
     order, index = tl.max(tl.where(m_k, b_order, -0x80000000), axis=0, return_indices=True)
     if SAMPLE:
         largest = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        b_exponent = (b_score.to(tl.float64) - largest.to(tl.float64)) / temperature
+        b_exponent = (b_score.to(tl.float64) - largest.to(tl.float64)) * inverse_temperature
         b_probability = tl.where(m_k, tl.exp(b_exponent), 0.0)
         b_cumulative = tl.cumsum(b_probability, axis=0)
         threshold = uniform * tl.max(b_cumulative, axis=0)
@@ -116,7 +116,7 @@ def score_select(
             candidates,
             width,
             weight,
-            temperature,
+            1.0 / temperature,
             SAMPLE=uniforms is not None,
             K_PADDED=triton.next_power_of_2(candidates),
         )
