@@ -25,7 +25,8 @@ def candidate_scores(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or impl.
-        IndexError: an id outside the table (checked on a CPU; on an accelerator the check would need a host sync).
+        IndexError: an id outside the table (checked on a CPU; on an accelerator the check would need a host sync, and
+            Triton's score for it is NaN).
         RuntimeError: the implementation asked for is not available.
     """
     check_tensor("gradient", gradient, "[P, d]")

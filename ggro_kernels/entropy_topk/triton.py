@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ggro_kernels.native import with_unit_column_stride
-from ggro_kernels.triton_parts.rounding import rounded
+from ggro_kernels.triton_parts.conversion import rounded, widened
 from ggro_kernels.triton_parts.tuning import tuned
 from ggro_kernels.triton_parts.vocabulary import empty_reduced, reduce_tiles, select
 
@@ -56,7 +56,7 @@ def _backward(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     o_column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     m_column = o_column < vocab
-    b_x = tl.load(p_logits + row * row_stride + o_column, mask=m_column, other=0.0).to(tl.float32)
+    b_x = widened(tl.load(p_logits + row * row_stride + o_column, mask=m_column, other=0.0))
     entropy, logsumexp = tl.load(p_entropy + row), tl.load(p_logsumexp + row)
     gradients = tl.load(p_entropy_gradient + row), tl.load(p_logsumexp_gradient + row)
     b_gradient = _softmax_gradient(b_x, entropy, logsumexp, gradients[0], gradients[1], temperature)
@@ -83,12 +83,12 @@ def _backward_of_values(
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < k
     b_indices = tl.load(p_indices + row * k + o_k, mask=m_k, other=0)
-    b_x = tl.load(p_logits + row * row_stride + b_indices, mask=m_k, other=0.0).to(tl.float32)
+    b_x = widened(tl.load(p_logits + row * row_stride + b_indices, mask=m_k, other=0.0))
     entropy, logsumexp = tl.load(p_entropy + row), tl.load(p_logsumexp + row)
     gradients = tl.load(p_entropy_gradient + row), tl.load(p_logsumexp_gradient + row)
     # Computed once more, since what lies in memory has been rounded.
     b_gradient = _softmax_gradient(b_x, entropy, logsumexp, gradients[0], gradients[1], temperature)
-    b_gradient += tl.load(p_values_gradient + row * k + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_gradient += widened(tl.load(p_values_gradient + row * k + o_k, mask=m_k, other=0.0))
     tl.store(p_gradient + row * vocab + b_indices, rounded(b_gradient, p_gradient.dtype.element_ty), mask=m_k)
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ggro_kernels.checks import check_indices
 from ggro_kernels.native import with_unit_column_stride
+from ggro_kernels.triton_parts.conversion import rounded
 from ggro_kernels.triton_parts.softcap import tanh
 from ggro_kernels.triton_parts.tuning import tuned
 
@@ -124,7 +125,7 @@ def _attend(
                 b_other = tl.where(b_found < 128, float("inf"), -float("inf"))
                 m_nan = (b_found >= 128) & (b_found % 128 > 0) | (b_found == 16384)
                 b_out = tl.where(b_found > 0, tl.where(m_nan, float("nan"), b_out + b_other), b_out)
-            b_weight = b_weight.to(b_value.dtype)
+            b_weight = rounded(b_weight, b_value.dtype)
             b_out = tl.dot(b_weight.to(OPERAND), b_value.to(OPERAND), b_out, input_precision="ieee")
         segment = tl.min(tl.where(b_segment > segment, b_segment, NO_SEGMENT), 0)
     return b_max, b_sum, b_out
@@ -360,7 +361,7 @@ def _merge_kernel(
 
     b_out = tl.where(m_legal[:, None], tl.div_rn(b_out, b_sum[:, None]), float("nan"))
     p_out = p_output + o_row.to(tl.int64)[:, None] * VALUE_WIDTH + o_v[None, :]
-    tl.store(p_out, b_out.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_v[None, :])
+    tl.store(p_out, rounded(b_out, p_output.dtype.element_ty), mask=m_row[:, None] & m_v[None, :])
 
 
 def _attend_configuration(rows: int, keys: int, warps: int, stages: int) -> triton.Config:

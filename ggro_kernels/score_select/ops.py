@@ -32,5 +32,6 @@ score_select_op = register(
     reference=reference.score_select,
     fake=_fake,
     native=native.score_select,
+    triton="ggro_kernels.score_select.triton:score_select",
     dtypes_of=("hidden", "head", "logits"),
 )

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.selection import (
     KEY_SHIFTS,
     candidates_of,
@@ -67,7 +68,7 @@ def _reduce_tiles(
     row = (tl.program_id(0) // slab_tiles).to(tl.int64)
     tile = tl.program_id(0) % slab_tiles
     o_column = tile * TILE + tl.arange(0, TILE)
-    b_x = tl.load(p_logits + row * row_stride + o_column, mask=o_column < columns, other=float("-inf")).to(tl.float32)
+    b_x = widened(tl.load(p_logits + row * row_stride + o_column, mask=o_column < columns, other=float("-inf")))
 
     if SUMS:
         m, s, t = sums_of(tl.div_rn(b_x, temperature) if DIVIDE else b_x)
@@ -176,7 +177,7 @@ def _select(
         m_element = o_element // GROUP < k
         o_column = tl.load(p_groups + o_element // GROUP, mask=m_element, other=0) * GROUP + o_element % GROUP
         m_column = m_element & (o_column < columns)
-    b_x = tl.load(p_logits + o_column, mask=m_column, other=0.0).to(tl.float32)
+    b_x = widened(tl.load(p_logits + o_column, mask=m_column, other=0.0))
     m_taken, b_places = top_k_places(tl.where(m_column, order_keys(b_x, SHIFT), 0), k, 32 - SHIFT)
     tl.store(p_candidates + b_places, candidates_of(b_x, o_column), mask=m_taken)
     tl.debug_barrier()

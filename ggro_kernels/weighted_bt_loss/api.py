@@ -42,7 +42,8 @@ def weighted_bt_loss(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices, reduction or impl.
-        IndexError: a position outside the rewards (checked on a CPU; on an accelerator the check would need a sync).
+        IndexError: a position outside the rewards (checked on a CPU; on an accelerator the check would need a sync,
+            and Triton's loss is NaN).
         RuntimeError: the implementation asked for is not available.
 
     Source: SP-PRM, weighted preference loss on partial sequences; its mean is over the rows left after those of weight

@@ -1,21 +1,18 @@
 """`weighted_bt_loss` and its gradient by csrc/cpu/weighted_bt_loss.cpp."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address
+from ggro_kernels.weighted_bt_loss.pairs import Pairs
 
 
 def _run(
     kernel: Callable[..., None],
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
+    pairs: Pairs,
     *,
     loss: torch.Tensor | None = None,
     loss_gradient: torch.Tensor | None = None,
@@ -23,25 +20,21 @@ def _run(
     rejected_gradient: torch.Tensor | None = None,
 ) -> None:
     """Call `kernel` with the pairs and those of the other tensors that it has to do with."""
-    chosen_rewards, rejected_rewards = map(with_unit_column_stride, (chosen_rewards, rejected_rewards))
-    chosen_positions, rejected_positions = chosen_positions.contiguous(), rejected_positions.contiguous()
-    weights = weights.contiguous()
-    rows, pairs = weights.shape
+    pairs = pairs.laid_out()
     kernel(
-        chosen_rewards.data_ptr(),
-        chosen_rewards.shape[1],
-        chosen_rewards.stride(0),
-        rejected_rewards.data_ptr(),
-        rejected_rewards.shape[1],
-        rejected_rewards.stride(0),
-        DTYPE_CODES[chosen_rewards.dtype],
-        chosen_positions.data_ptr(),
-        rejected_positions.data_ptr(),
-        weights.data_ptr(),
-        DTYPE_CODES[weights.dtype],
-        rows,
-        pairs,
-        reduction == "mean",
+        pairs.chosen_rewards.data_ptr(),
+        pairs.chosen_rewards.shape[1],
+        pairs.chosen_rewards.stride(0),
+        pairs.rejected_rewards.data_ptr(),
+        pairs.rejected_rewards.shape[1],
+        pairs.rejected_rewards.stride(0),
+        DTYPE_CODES[pairs.chosen_rewards.dtype],
+        pairs.chosen_positions.data_ptr(),
+        pairs.rejected_positions.data_ptr(),
+        pairs.weights.data_ptr(),
+        DTYPE_CODES[pairs.weights.dtype],
+        *pairs.weights.shape,
+        pairs.reduction == "mean",
         address(loss),
         address(loss_gradient),
         address(chosen_gradient),
@@ -50,49 +43,21 @@ def _run(
     )
 
 
-def weighted_bt_loss(
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-) -> torch.Tensor:
-    """The loss of CPU tensors, a scalar."""
+def weighted_bt_loss(*arguments: Any) -> torch.Tensor:
+    """The loss of `Pairs` on a CPU, a scalar."""
     loss = torch.empty((), dtype=torch.float32)
-    _run(
-        native().weighted_bt_loss,
-        chosen_rewards,
-        rejected_rewards,
-        chosen_positions,
-        rejected_positions,
-        weights,
-        reduction,
-        loss=loss,
-    )
+    _run(native().weighted_bt_loss, Pairs(*arguments), loss=loss)
     return loss
 
 
-def weighted_bt_loss_backward(
-    loss_gradient: torch.Tensor,
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(chosen_gradient[B, Tc], rejected_gradient[B, Tr])` of CPU tensors in the dtype of the rewards."""
-    chosen_gradient = torch.empty(chosen_rewards.shape, dtype=chosen_rewards.dtype)
-    rejected_gradient = torch.empty(rejected_rewards.shape, dtype=rejected_rewards.dtype)
+def weighted_bt_loss_backward(loss_gradient: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(chosen_gradient[B, Tc], rejected_gradient[B, Tr])` of `Pairs` on a CPU in the dtype of the rewards."""
+    pairs = Pairs(*arguments)
+    chosen_gradient = torch.empty(pairs.chosen_rewards.shape, dtype=pairs.chosen_rewards.dtype)
+    rejected_gradient = torch.empty(pairs.rejected_rewards.shape, dtype=pairs.rejected_rewards.dtype)
     _run(
         native().weighted_bt_loss_backward,
-        chosen_rewards,
-        rejected_rewards,
-        chosen_positions,
-        rejected_positions,
-        weights,
-        reduction,
+        pairs,
         loss_gradient=loss_gradient,
         chosen_gradient=chosen_gradient,
         rejected_gradient=rejected_gradient,

@@ -7,29 +7,16 @@ import torch
 from ggro_kernels.library import register
 from ggro_kernels.precision import accumulation_dtype
 from ggro_kernels.weighted_bt_loss import native, reference
+from ggro_kernels.weighted_bt_loss.pairs import Pairs
 
 
-def _fake(
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-    impl: str,
-) -> torch.Tensor:
-    return chosen_rewards.new_empty((), dtype=accumulation_dtype(chosen_rewards, weights))
+def _fake(*arguments: Any) -> torch.Tensor:
+    pairs = Pairs(*arguments[:-1])
+    return pairs.weights.new_empty((), dtype=accumulation_dtype(pairs.chosen_rewards, pairs.weights))
 
 
 def _fake_backward(
-    loss_gradient: torch.Tensor,
-    chosen_rewards: torch.Tensor,
-    rejected_rewards: torch.Tensor,
-    chosen_positions: torch.Tensor,
-    rejected_positions: torch.Tensor,
-    weights: torch.Tensor,
-    reduction: str,
-    impl: str,
+    loss_gradient: torch.Tensor, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen_rewards.new_empty(chosen_rewards.shape), rejected_rewards.new_empty(rejected_rewards.shape)
 
@@ -44,6 +31,7 @@ weighted_bt_loss_backward_op = register(
     reference=reference.weighted_bt_loss_backward,
     fake=_fake_backward,
     native=native.weighted_bt_loss_backward,
+    triton="ggro_kernels.weighted_bt_loss.triton:weighted_bt_loss_backward",
     dtypes_of=("chosen_rewards", "weights"),
 )
 
@@ -63,6 +51,7 @@ weighted_bt_loss_op = register(
     reference=reference.weighted_bt_loss,
     fake=_fake,
     native=native.weighted_bt_loss,
+    triton="ggro_kernels.weighted_bt_loss.triton:weighted_bt_loss",
     dtypes_of=("chosen_rewards", "weights"),
     save_for_backward=_save_for_backward,
     backward=_backward,

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from ggro_kernels import entropy_topk, prefix_attention
+from ggro_kernels import candidate_scores, entropy_topk, prefix_attention, score_select, weighted_bt_loss
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,5 +95,70 @@ def _prefix_attention_cases() -> list[Case]:
     ]
 
 
+def _candidate_scores_cases() -> list[Case]:
+    def call(width: int, gradient_dtype: torch.dtype, table_dtype: torch.dtype) -> torch.Tensor:
+        gradient, table = torch.empty(256, width, dtype=gradient_dtype), torch.empty(2, width, dtype=table_dtype)
+        return candidate_scores(gradient, table, torch.zeros(256, 25, dtype=torch.int64), impl="triton")
+
+    pairs = [(left, right) for left in FLOATS for right in FLOATS]
+    return [
+        Case(
+            f"candidate_scores {width} {left} by {right}",
+            lambda width=width, left=left, right=right: call(width, FLOATS[left], FLOATS[right]),
+            wide_loads=("_candidate_scores_kernel",) if width % 16 == 0 else (),
+        )
+        for width, some in ((4096, pairs), (1031, [("fp32", "fp32"), ("bf16", "bf16")]))
+        for left, right in some
+    ]
+
+
+def _score_select_cases() -> list[Case]:
+    def call(candidates: int, width: int, dtype: torch.dtype, sample: bool) -> object:
+        hidden, head = torch.empty(2, candidates, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        options = {"mode": "categorical", "uniforms": torch.zeros(2)} if sample else {}
+        return score_select(hidden, head, torch.empty(2, candidates, dtype=dtype), 1.0, **options, impl="triton")
+
+    return [
+        Case(
+            f"score_select {candidates} {width} {name} {'categorical' if sample else 'greedy'}",
+            lambda candidates=candidates, width=width, dtype=dtype, sample=sample: call(
+                candidates, width, dtype, sample
+            ),
+            wide_loads=("_score_select_kernel",) if width % 16 == 0 else (),
+        )
+        for candidates, width in ((30, 4096), (30, 1031), (500, 4096))
+        for name, dtype in FLOATS.items()
+        for sample in (False, True)
+    ]
+
+
+def _weighted_bt_loss_cases() -> list[Case]:
+    def call(dtype: torch.dtype, weights_dtype: torch.dtype, reduction: str) -> None:
+        chosen, rejected = (torch.empty(8, 1024, dtype=dtype, requires_grad=True) for _ in range(2))
+        positions = torch.zeros(8, 256, dtype=torch.int64)
+        weights = torch.empty(8, 256, dtype=weights_dtype)
+        weighted_bt_loss(chosen, rejected, positions, positions, weights, reduction=reduction, impl="triton").backward()
+
+    return [
+        Case(
+            f"weighted_bt_loss {name} by {weights}, {reduction}",
+            lambda name=name, weights=weights, reduction=reduction: call(FLOATS[name], FLOATS[weights], reduction),
+        )
+        for name, weights, reduction in (
+            ("fp32", "fp32", "mean"),
+            ("fp32", "fp32", "sum"),
+            ("bf16", "fp32", "mean"),
+            ("bf16", "bf16", "mean"),
+            ("fp16", "fp32", "mean"),
+        )
+    ]
+
+
 def cases() -> list[Case]:
-    return [*_entropy_topk_cases(), *_prefix_attention_cases()]
+    return [
+        *_entropy_topk_cases(),
+        *_prefix_attention_cases(),
+        *_candidate_scores_cases(),
+        *_score_select_cases(),
+        *_weighted_bt_loss_cases(),
+    ]

@@ -1,10 +1,12 @@
 """candidate_scores through every implementation."""
 
+import importlib
+
 import pytest
 import torch
 
 from ggro_kernels.testing import assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.implementations import on_threads, select, thread_counts
 from tests.ggro_kernels.op_calls import OpCalls
 from tests.ggro_kernels.placed import candidate_scores
 
@@ -82,15 +84,15 @@ def test_infinities_and_nan_pass_through(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, native_impl: str) -> None:
+def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, kernel_impl: str) -> None:
     gradient, table, ids = inputs(20, 500, 1031, 25, torch.float32, dtype)
-    whole = bitwise(candidate_scores(gradient, table, ids, impl=native_impl))
-    for threads in (1, 2, 3, 8):
+    whole = bitwise(candidate_scores(gradient, table, ids, impl=kernel_impl))
+    for threads in thread_counts(kernel_impl, 1, 2, 3, 8):
         with on_threads(threads):
             for first, last in ((0, 20), (0, 1), (7, 12), (19, 20)):
-                part = candidate_scores(gradient[first:last], table, ids[first:last], impl=native_impl)
+                part = candidate_scores(gradient[first:last], table, ids[first:last], impl=kernel_impl)
                 assert torch.equal(bitwise(part), whole[first:last])
-                one = candidate_scores(gradient[first:last], table, ids[first:last, 3:4], impl=native_impl)
+                one = candidate_scores(gradient[first:last], table, ids[first:last, 3:4], impl=kernel_impl)
                 assert torch.equal(bitwise(one), whole[first:last, 3:4])
 
 
@@ -150,11 +152,23 @@ def test_gradients_are_bitwise_the_same_for_any_thread_count(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 50, 2**40])
-def test_id_outside_the_table(bad_id: int, impl: str) -> None:
+def test_id_outside_the_table(bad_id: int, checking_impl: str) -> None:
     gradient, table, ids = inputs(3, 50, 64, 5, torch.float32, torch.float32)
     ids[1, 4] = bad_id
     with pytest.raises(IndexError, match=rf"ids\[1, 4\] must be in 0 \.\. 49, the rows of the table, got {bad_id}"):
-        candidate_scores(gradient, table, ids, impl=impl)
+        candidate_scores(gradient, table, ids, impl=checking_impl)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 50, 2**40])
+def test_score_of_an_unchecked_id_outside_the_table_is_nan(bad_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    impl = select("triton", monkeypatch)
+    gradient, table, ids = inputs(3, 50, 64, 5, torch.float32, torch.float32)
+    expected = candidate_scores(gradient, table, ids, impl=impl)
+    kernel = importlib.import_module("ggro_kernels.candidate_scores.triton")
+    monkeypatch.setattr(kernel, "check_indices", lambda *_: None)
+    ids[1, 4], expected[1, 4] = bad_id, torch.nan
+    scores = candidate_scores(gradient, table, ids, impl=impl)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0, equal_nan=True)
 
 
 GRADIENT, TABLE, IDS = torch.randn(2, 4), torch.randn(9, 4), torch.zeros(2, 3, dtype=torch.int64)

@@ -91,7 +91,7 @@ def test_entropy_topk_shared_between_threads(native_impl: str, data: st.DataObje
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_candidate_scores(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     positions, candidates = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 30))
     vocab, width = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.just(0), strategies.sizes(300, 1024, 2049)))
     exact = data.draw(st.booleans())
@@ -101,7 +101,7 @@ def test_candidate_scores(native_impl: str, data: st.DataObject, threads: int) -
     ids = data.draw(strategies.ids((positions, candidates), vocab))
 
     def run() -> Any:
-        return candidate_scores(gradient, table, ids, impl=native_impl)
+        return candidate_scores(gradient, table, ids, impl=kernel_impl)
 
     scores = run()
     assert_bitwise_equal(shared_by(threads, run), scores)
@@ -196,7 +196,7 @@ def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> 
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_score_select(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, candidates = data.draw(st.integers(0, 5)), data.draw(strategies.sizes(300))
     width = data.draw(st.one_of(st.just(0), strategies.sizes(100, 1031)))
     weight = data.draw(st.sampled_from((1.0, 0.0, -2.0, 0.5)))
@@ -208,7 +208,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
     if data.draw(st.booleans()):
         logits = logits.masked_fill(data.draw(strategies.masks(logits.shape)), -torch.inf)
 
-    greedy = score_select(hidden, head, logits, weight, impl=native_impl)
+    greedy = score_select(hidden, head, logits, weight, impl=kernel_impl)
     # NaN is torch's largest value too, and its argmax the first of equal ones.
     assert torch.equal(greedy.index, greedy.score.argmax(dim=1))
     same_precision, oracle = (
@@ -231,7 +231,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
 
     def sample() -> ScoreSelect:
         options = {"mode": "categorical", "temperature": temperature, "uniforms": uniforms}
-        return score_select(hidden, head, logits, weight, **options, impl=native_impl)
+        return score_select(hidden, head, logits, weight, **options, impl=kernel_impl)
 
     sampled = sample()
     assert_bitwise_equal(shared_by(threads, sample), sampled)
@@ -249,7 +249,7 @@ def test_score_select(native_impl: str, data: st.DataObject, threads: int) -> No
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_weighted_bt_loss(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, pairs = data.draw(st.integers(0, 5)), data.draw(st.one_of(st.integers(0, 20), st.integers(0, 300)))
     lengths, dtype = [data.draw(strategies.sizes(300)) for _ in range(2)], data.draw(strategies.dtypes)
     rewards = [data.draw(strategies.tensors((rows, length), dtype, largest=1e15)) for length in lengths]
@@ -265,8 +265,8 @@ def test_weighted_bt_loss(native_impl: str, data: st.DataObject, threads: int) -
         loss = weighted_bt_loss(*leaves, *positions, weights, reduction=reduction, impl=impl)
         return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
 
-    result = loss_and_gradients(dtype, native_impl)
-    assert_bitwise_equal(shared_by(threads, lambda: loss_and_gradients(dtype, native_impl)), result)
+    result = loss_and_gradients(dtype, kernel_impl)
+    assert_bitwise_equal(shared_by(threads, lambda: loss_and_gradients(dtype, kernel_impl)), result)
     for actual, expected in zip(result, loss_and_gradients(torch.float64, "reference"), strict=True):
         limits = torch.finfo(actual.dtype)
         torch.testing.assert_close(

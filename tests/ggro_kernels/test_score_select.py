@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import inf, nan
 
-from ggro_kernels import ScoreSelect
+from ggro_kernels import ScoreSelect, dispatch
 from ggro_kernels.testing import assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.implementations import on_threads, thread_counts
 from tests.ggro_kernels.placed import score_select
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -99,6 +99,11 @@ def test_padding_is_not_taken_whatever_its_reward(reward: float, impl: str) -> N
     assert torch.equal(result.reward.nan_to_num(nan=7.0), hidden[..., 0].nan_to_num(nan=7.0))
 
 
+def affordable_rows(rows: int, impl: str) -> int:
+    """`rows`, or a fortieth where a row takes Triton's interpreter several milliseconds."""
+    return rows // 40 if impl == "triton" and dispatch.INTERPRETING else rows
+
+
 def distribution(score: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cumulative probabilities [B, k] in fp64."""
     return (score.double() / temperature).softmax(dim=1).cumsum(dim=1)
@@ -106,9 +111,10 @@ def distribution(score: torch.Tensor, temperature: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
 def test_categorical_inverts_the_distribution_function(temperature: float, impl: str) -> None:
-    hidden, head, logits = inputs(500, 30, 17)
+    rows = affordable_rows(500, impl)
+    hidden, head, logits = inputs(rows, 30, 17)
     logits[:, ::7] = -inf
-    uniforms = torch.rand(500, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(1))
     result = score_select(
         hidden, head, logits, 1.0, mode="categorical", temperature=temperature, uniforms=uniforms, impl=impl
     )
@@ -117,13 +123,13 @@ def test_categorical_inverts_the_distribution_function(temperature: float, impl:
     cumulative = distribution(result.score, temperature)
     expected = (cumulative <= uniforms.double().unsqueeze(1)).sum(dim=1)
     clear = ((cumulative - uniforms.double().unsqueeze(1)).abs() > 1e-12).all(dim=1)
-    assert clear.sum() > 490
+    assert clear.sum() > 0.98 * rows
     assert torch.equal(result.index[clear], expected[clear])
     assert logits.gather(1, result.index.unsqueeze(1)).isfinite().all()
 
 
 def test_frequencies(impl: str) -> None:
-    draws, probabilities = 20000, torch.tensor([0.5, 0.1, 0.0, 0.25, 0.15])
+    draws, probabilities = affordable_rows(20000, impl), torch.tensor([0.5, 0.1, 0.0, 0.25, 0.15])
     result = score_select(
         torch.zeros(draws, 5, 1),
         torch.zeros(1),
@@ -178,19 +184,19 @@ def test_strides_and_offsets(dtype: torch.dtype, impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, native_impl: str) -> None:
+def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, kernel_impl: str) -> None:
     hidden, head, logits = inputs(20, 25, 1031, (dtype, torch.float32, dtype))
     uniforms = torch.rand(20, generator=torch.Generator().manual_seed(4))
 
     def bits(first: int, last: int) -> list[torch.Tensor]:
         rows = slice(first, last)
         result = score_select(
-            hidden[rows], head, logits[rows], 1.0, mode="categorical", uniforms=uniforms[rows], impl=native_impl
+            hidden[rows], head, logits[rows], 1.0, mode="categorical", uniforms=uniforms[rows], impl=kernel_impl
         )
         return [result.index, bitwise(result.reward), bitwise(result.score)]
 
     whole = bits(0, 20)
-    for threads in (1, 2, 3, 8):
+    for threads in thread_counts(kernel_impl, 1, 2, 3, 8):
         with on_threads(threads):
             for first, last in ((0, 20), (0, 1), (7, 12), (19, 20)):
                 for a, b in zip(bits(first, last), whole, strict=True):
@@ -214,10 +220,10 @@ def test_outputs_are_detached(impl: str) -> None:
 
 
 @pytest.mark.parametrize("uniform", [1.0, -0.25, nan, inf])
-def test_uniform_outside_the_interval(uniform: float, impl: str) -> None:
+def test_uniform_outside_the_interval(uniform: float, checking_impl: str) -> None:
     uniforms = torch.tensor([0.0, uniform, 0.5])
     with pytest.raises(ValueError, match=rf"uniforms\[1\] must be in \[0, 1\), got {uniform:g}"):
-        score_select(*inputs(3, 5, 8), 1.0, mode="categorical", uniforms=uniforms, impl=impl)
+        score_select(*inputs(3, 5, 8), 1.0, mode="categorical", uniforms=uniforms, impl=checking_impl)
 
 
 HIDDEN, HEAD, LOGITS = inputs(2, 3, 4)

@@ -9,7 +9,8 @@ from torch.nn.functional import logsigmoid
 
 from ggro_kernels import binary_entropy_weight
 from ggro_kernels.testing import assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from ggro_kernels.weighted_bt_loss import pairs as pairs_module
+from tests.ggro_kernels.implementations import on_threads, select, thread_counts
 from tests.ggro_kernels.placed import weighted_bt_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -179,23 +180,39 @@ def test_weights_are_constants(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype, native_impl: str) -> None:
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype, kernel_impl: str) -> None:
     chosen, rejected, *others = inputs(40, (70, 50), 500, dtype)
     chosen.requires_grad_(), rejected.requires_grad_()
 
     def bits() -> list[torch.Tensor]:
-        loss = weighted_bt_loss(chosen, rejected, *others, impl=native_impl)
+        loss = weighted_bt_loss(chosen, rejected, *others, impl=kernel_impl)
         return [bitwise(x) for x in (loss.detach(), *torch.autograd.grad(loss, (chosen, rejected)))]
 
     alone = bits()
-    for threads in (2, 3, 8):
+    for threads in thread_counts(kernel_impl, 2, 3, 8):
         with on_threads(threads):
             for a, b in zip(bits(), alone, strict=True):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_row_do_not_depend_on_the_batch(dtype: torch.dtype, kernel_impl: str) -> None:
+    pairs = inputs(6, (70, 150), 90, dtype)
+
+    def gradients(rows: slice) -> list[torch.Tensor]:
+        chosen, rejected, *others = (x[rows] for x in pairs)
+        chosen.requires_grad_(), rejected.requires_grad_()
+        loss = weighted_bt_loss(chosen, rejected, *others, reduction="sum", impl=kernel_impl)
+        return [bitwise(x) for x in torch.autograd.grad(loss, (chosen, rejected))]
+
+    whole = gradients(slice(6))
+    for first, last in ((0, 1), (2, 5)):
+        for a, b in zip(gradients(slice(first, last)), whole, strict=True):
+            assert torch.equal(a, b[first:last])
+
+
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
-def test_position_outside_the_rewards(bad: int, impl: str) -> None:
+def test_position_outside_the_rewards(bad: int, checking_impl: str) -> None:
     chosen, rejected, chosen_positions, rejected_positions, weights = inputs(3, (7, 7), 4)
     for name, positions in (("chosen", chosen_positions), ("rejected", rejected_positions)):
         kept = positions[1, 2].item()
@@ -204,8 +221,21 @@ def test_position_outside_the_rewards(bad: int, impl: str) -> None:
             IndexError,
             match=rf"{name}_positions\[1, 2\] must be in 0 \.\. 6, the positions of {name}_rewards, got {bad}",
         ):
-            weighted_bt_loss(chosen, rejected, chosen_positions, rejected_positions, weights + 1, impl=impl)
+            weighted_bt_loss(chosen, rejected, chosen_positions, rejected_positions, weights + 1, impl=checking_impl)
         positions[1, 2] = kept
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_unchecked_position_outside_the_rewards_gives_nan(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    impl = select("triton", monkeypatch)
+    monkeypatch.setattr(pairs_module.Pairs, "check_positions", lambda self: None)
+    chosen, rejected, chosen_positions, rejected_positions, weights = inputs(3, (7, 7), 4)
+    chosen.requires_grad_(), rejected.requires_grad_()
+    chosen_positions[1, 2] = bad
+    loss = weighted_bt_loss(chosen, rejected, chosen_positions, rejected_positions, weights + 1, impl=impl)
+    gradients = torch.autograd.grad(loss, (chosen, rejected))
+    assert loss.isnan() and gradients[0].isfinite().all()
+    assert gradients[1].isnan().nonzero().tolist() == [[1, rejected_positions[1, 2].item()]]
 
 
 C, R, CP, RP, W = inputs(2, (4, 3), 5)
