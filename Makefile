@@ -1,22 +1,24 @@
 # Everything runs inside .venv, which the first target called creates. `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+# Which Python `make build` builds the extension for.
+BUILD_PYTHON ?= $(CURDIR)/$(BIN)/python
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp csrc/errors.cpp $(wildcard csrc/cpu/*.cpp))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-asan triton-cubins check-aarch64 lint format bench readme-table clean
+.PHONY: help build demo test test-asan triton-cubins gpu-check check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # Does what .venv/installed did with the changed sources, but only for those.
 build:  ## rebuild the extension in place after a change of csrc
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/ggro_kernels" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/dev
+	PATH="$(dir $(BUILD_PYTHON)):$$PATH" cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/ggro_kernels" -DPython_EXECUTABLE="$(BUILD_PYTHON)" \
+	  -Dpybind11_DIR="$$($(BUILD_PYTHON) -m pybind11 --cmakedir)"
+	PATH="$(dir $(BUILD_PYTHON)):$$PATH" cmake --build build/dev
 
 demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
 	$(BIN)/ggro demo
@@ -29,6 +31,10 @@ test-asan: .venv/installed  ## the kernel tests under AddressSanitizer and Undef
 
 triton-cubins: .venv/installed  ## the Triton kernels compile for sm_80, sm_90 and sm_100, without a spill
 	$(BIN)/python -m tests.cubins
+
+# Works without .venv: a machine with a GPU may have no network to create it from.
+gpu-check:  ## on a machine with an NVIDIA GPU: build, tests, benchmarks, report; some of them: STEPS="tests report"
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(if $(WHEELS),--wheels "$(WHEELS)") $(STEPS)
 
 check-aarch64: $(AARCH64_OBJECTS)  ## the CPU kernels compile for aarch64, without a warning
 

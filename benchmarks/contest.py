@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -50,14 +50,9 @@ class Contest:
 
     def summary(self) -> str:
         """One line: our median, and how many times slower the others were."""
-        medians = {name: median(times) for name, times in self.times.items() if times}
-        base = medians.pop(OURS, None)
-        parts = [f"{OURS} {1e6 * base:.1f} us"] if base else []
-        parts += [
-            f"{name} " + (f"{value / base:.2f}x" if base else f"{1e6 * value:.1f} us")
-            for name, value in medians.items()
-        ]
-        return f"{self.case.name}, {self.threads} thread{'s' * (self.threads > 1)}: {', '.join(parts)}"
+        times = {name: times for name, times in self.times.items() if times}
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.case.name}, {threads}: {compared(times)}"
 
 
 class Contests:
@@ -90,6 +85,17 @@ class Contests:
             self._count += 1
             print(f"[{self._count}/{self._total}] {self._contest.summary()}", flush=True)
             self._contest = None
+
+
+def compared(times: Mapping[str, Sequence[float]]) -> str:
+    """Our median, and how many times slower the other providers were; medians where ours is missing."""
+    medians = {name: median(seconds) for name, seconds in times.items()}
+    base = medians.pop(OURS, None)
+    parts = [f"{OURS} {1e6 * base:.1f} us"] if base else []
+    parts += [
+        f"{name} " + (f"{value / base:.2f}x" if base else f"{1e6 * value:.1f} us") for name, value in medians.items()
+    ]
+    return ", ".join(parts)
 
 
 def _warm_up(call: Callable[[], Any]) -> float:

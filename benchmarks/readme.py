@@ -5,12 +5,15 @@ from pathlib import Path
 
 from benchmarks.session import ROOT
 from ggro_hf.report.benchmarks import (
+    COLD,
+    GRAPH,
     OURS,
     BenchmarkReport,
     BenchmarkRow,
     baseline_ratios,
     by_contest,
     microseconds,
+    setting_name,
     share_of_ceiling,
     times,
 )
@@ -32,27 +35,35 @@ def with_table(readme: str, reports: list[BenchmarkReport]) -> str:
 
 
 def markdown(report: BenchmarkReport) -> str:
-    """One machine's table: the cases that the registry marks as shown, the numbers of threads side by side."""
-    threads = [ceiling.threads for ceiling in report.ceilings]
+    """One machine's table: the cases that the registry marks as shown, the numbers of threads or modes side by side."""
     machine, versions = report.machine, report.versions
-    read = " and ".join(f"{ceiling.read_gb_per_s:.1f}" for ceiling in report.ceilings)
-    named = [f"{count} thread{'s' * (count > 1)}" for count in threads]
+    settings: list[int | str]
+    if "gpu" in machine:
+        settings, where = [COLD, GRAPH], f"{machine['gpu']} ({machine['kind']})"
+        measured = f"a copy within its memory moves {report.ceiling(None).gb_per_s:.0f} GB/s"
+        used = f"torch {versions['torch']}, triton {versions['triton']}"
+    else:
+        settings = [ceiling.threads for ceiling in report.ceilings if ceiling.threads is not None]
+        where, used = f"{machine['cpu']} ({machine['kind']}, {machine['isa']})", f"torch {versions['torch']}"
+        read = " and ".join(f"{ceiling.gb_per_s:.1f}" for ceiling in report.ceilings)
+        measured = f"`amax` of 256 MiB reads {read} GB/s on {' and '.join(map(setting_name, settings))}"
     lines = [
-        f"{machine['cpu']} ({machine['kind']}, {machine['isa']}), torch {versions['torch']}, commit {report.commit}; "
-        f"`amax` of 256 MiB reads {read} GB/s on {' and '.join(named)}.",
+        f"{where}, {used}, commit {report.commit}; {measured}.",
         "",
-        "| op | case | dtype | " + " | ".join(f"{name} | faster than | of ceiling" for name in named) + " |",
-        "|---" * (3 + 3 * len(threads)) + "|",
+        "| op | case | dtype | "
+        + " | ".join(f"{setting_name(setting)} | faster than | of ceiling" for setting in settings)
+        + " |",
+        "|---" * (3 + 3 * len(settings)) + "|",
     ]
-    cases: dict[tuple[str, str, str], dict[int, dict[str, BenchmarkRow]]] = {}
+    cases: dict[tuple[str, str, str], dict[int | str, dict[str, BenchmarkRow]]] = {}
     for contest in by_contest(row for row in report.rows if row.shown):
         row = contest[OURS]
-        cases.setdefault((row.op, row.case, row.dtype), {})[row.threads] = contest
+        cases.setdefault((row.op, row.case, row.dtype), {})[row.setting] = contest
     last_op = ""
     for (op, case, dtype), contests in cases.items():
         cells = [f"`{op}`" if op != last_op else "", case, dtype]
-        for count in threads:
-            cells += _cells(contests[count], report) if count in contests else [""] * 3
+        for setting in settings:
+            cells += _cells(contests[setting], report) if setting in contests else [""] * 3
         lines.append("| " + " | ".join(cells) + " |")
         last_op = op
     return "\n".join(lines) + "\n"

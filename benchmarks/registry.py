@@ -1,10 +1,12 @@
 """What the kernel benchmarks run: one registry of op x shape x dtype, each with its providers.
 
-A module of `benchmarks/ops` adds one op by being there: it defines `CASES`, a list of `Case`, and `SMALL`, one that
-takes no time, on which the tests compare all providers.
+A module of `benchmarks/ops` adds one op by being there: it defines `CASES`, a list of `Case`, `GPU_CASES`, those of a
+GPU's size (none where there is nothing to measure), and `SMALL`, one that takes no time, on which the tests compare all
+providers.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -89,8 +91,13 @@ def compiled(function: Callable[..., Any]) -> Provider:
     return Provider("torch.compile", function, compiled=True, available=has_compiler)
 
 
+def importable(module: str) -> Callable[[], bool]:
+    """Whether a library is installed."""
+    return lambda: importlib.util.find_spec(module) is not None
+
+
 def has_compiler() -> bool:
-    """Whether torch.compile can build code for the CPU."""
+    """Whether torch.compile can build code for the CPU, and Triton its launchers."""
     return any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
@@ -99,13 +106,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load_cases(ops: Iterable[str] | None = None) -> list[Case]:
+def load_cases(ops: Iterable[str] | None = None, *, gpu: bool = False) -> list[Case]:
     """The cases of all modules of benchmarks/ops whose op this version of ggro_kernels has; of some ops if named.
 
     Raises:
         ValueError: no module has cases of an op named.
     """
-    cases = [case for module in _modules() for case in module.CASES]
+    cases = [case for module in _modules() for case in (module.GPU_CASES if gpu else module.CASES)]
     if ops is not None:
         known = {case.op for case in cases}
         if unknown := set(ops) - known:

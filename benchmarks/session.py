@@ -12,8 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-Timings = dict[tuple[str, int, str], list[float]]
-"""Seconds per call, by the case's name, number of threads and provider."""
+Timings = dict[tuple[str, int | str, str], list[float]]
+"""Seconds per call, by the case's name, number of threads (on a GPU: mode) and provider."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def run(settings: Settings, kernels: Path = ROOT) -> Session:
         command += [f"--benchmark-json={raw}", "--benchmark-quiet", *settings.arguments()]
         # pytest-benchmark measures nothing in a worker of xdist, as which a run started by a test would pass.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (kernels, ROOT)))
+        paths = (str(kernels), str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         code = subprocess.run(command, cwd=directory, env=environment).returncode
         if code != 0:
             raise SessionError("the benchmarks did not finish: the message above says where they stopped")

@@ -22,8 +22,6 @@ settings.register_profile(
 settings.register_profile("deep", settings.get_profile("fixed"), derandomize=False, max_examples=2000)
 settings.load_profile("fixed")
 
-INTEGER_POISON = -(2**62)
-
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
@@ -31,14 +29,21 @@ def single_thread() -> None:
     torch.set_num_threads(1)
 
 
+def poison(dtype: torch.dtype) -> float | int:
+    """What is in memory that nobody has written: NaN, a huge negative integer, True."""
+    if dtype.is_floating_point:
+        return torch.nan
+    return dtype == torch.bool or torch.iinfo(dtype).min // 2
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and torch.empty_like give with NaN (integers: a huge negative number)."""
+    """Fill what torch.empty and torch.empty_like give with `poison`."""
 
     def poisoning(allocate: Any) -> Any:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
             out = allocate(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else INTEGER_POISON)
+            return out.fill_(poison(out.dtype))
 
         return allocate_poisoned
 

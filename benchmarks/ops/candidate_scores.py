@@ -56,3 +56,9 @@ CASES = [
     case(20, 4096, shown=True),
     case(20, 4096, torch.bfloat16),
 ]
+
+GPU_CASES = [
+    case(20, 4096, torch.bfloat16, 128256, quick=True, shown=True),
+    case(256, 4096, torch.bfloat16, 128256, shown=True),
+    case(20, 4096, torch.float32, 128256),
+]

@@ -82,3 +82,6 @@ CASES = [
     case(512, 6, 32000, 16),
     case(512, 6, 128256, 8),
 ]
+
+# There the two share no threads.
+GPU_CASES: list[Case] = []

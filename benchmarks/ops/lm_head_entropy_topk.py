@@ -54,3 +54,9 @@ CASES = [
     case(1, 2048, 128256, torch.bfloat16, shown=True),
     case(16, 2048, 128256, torch.bfloat16, memory=True),
 ]
+
+GPU_CASES = [
+    case(1, 4096, 128256, torch.bfloat16, shown=True),
+    case(16, 4096, 128256, torch.bfloat16, quick=True, shown=True),
+    case(64, 4096, 128256, torch.bfloat16, shown=True),
+]

@@ -50,3 +50,5 @@ def case(shards: int, rows: int, vocabulary: int, **flags: bool) -> Case:
 SMALL = case(3, 2, 999)
 
 CASES = [case(8, 1, 128256, quick=True), case(8, 64, 128256, shown=True)]
+
+GPU_CASES = [case(8, 1, 128256, quick=True, shown=True), case(8, 64, 128256, shown=True)]

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.registry import Case, Inputs, Provider, ours
+from benchmarks.registry import Case, Inputs, Provider, importable, ours
 
 
 def packed(
@@ -37,12 +37,31 @@ def sdpa_gqa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
+def flashinfer_layout(**inputs: torch.Tensor) -> Inputs:
+    """The same for a library that takes one sequence as [tokens, heads, width]."""
+    tree = packed(**inputs)
+    sequence = {name: tree[name][0].transpose(0, 1).contiguous() for name in ("query", "key", "value")}
+    return {**sequence, "mask": tree["mask"][0, 0].contiguous()}
+
+
+def flashinfer_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    import flashinfer
+
+    return flashinfer.single_prefill_with_kv_cache(query, key, value, custom_mask=mask)
+
+
+FLASHINFER = Provider(
+    "flashinfer, mask", flashinfer_prefill, prepare=flashinfer_layout, available=importable("flashinfer")
+)
+
+
 def case(
     branches: int,
     length: int,
     prefix: int,
     dtype: torch.dtype,
     heads: tuple[int, int, int] = (32, 8, 128),
+    libraries: tuple[Provider, ...] = (),
     **flags: bool,
 ) -> Case:
     query_heads, key_heads, width = heads
@@ -81,6 +100,7 @@ def case(
             ours("prefix_attention"),
             Provider("sdpa, repeat_kv", sdpa_repeat_kv, prepare=packed),
             Provider("sdpa, enable_gqa", sdpa_gqa, prepare=packed),
+            *libraries,
         ),
         **flags,
     )
@@ -96,4 +116,10 @@ CASES = [
     case(25, 4, 1024, torch.float32, (8, 2, 64)),
     case(30, 1, 2048, torch.bfloat16, shown=True),
     case(8, 32, 2048, torch.bfloat16, memory=True),
+]
+
+GPU_CASES = [
+    case(30, 1, 2048, torch.bfloat16, libraries=(FLASHINFER,), quick=True, shown=True),
+    case(8, 32, 512, torch.bfloat16, libraries=(FLASHINFER,), shown=True),
+    case(8, 32, 2048, torch.bfloat16, libraries=(FLASHINFER,)),
 ]

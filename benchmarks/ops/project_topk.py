@@ -48,3 +48,8 @@ CASES = [
     case(256, 1024, 128256, torch.bfloat16, memory=True),
     case(256, 4096, 32000, torch.bfloat16),
 ]
+
+GPU_CASES = [
+    case(20, 4096, 128256, torch.bfloat16, quick=True, shown=True),
+    case(256, 4096, 128256, torch.bfloat16, shown=True),
+]

@@ -65,3 +65,9 @@ CASES = [
     case(16, 30, 4096, torch.float32, shown=True),
     case(16, 30, 4096, torch.float32, "categorical"),
 ]
+
+GPU_CASES = [
+    case(1, 30, 4096, torch.bfloat16, quick=True, shown=True),
+    case(1, 30, 4096, torch.bfloat16, "categorical"),
+    case(16, 30, 4096, torch.bfloat16, shown=True),
+]

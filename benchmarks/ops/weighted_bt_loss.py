@@ -61,3 +61,5 @@ def case(rows: int, tokens: int, pairs: int, **flags: bool) -> Case:
 SMALL = case(3, 20, 5)
 
 CASES = [case(8, 512, 11, quick=True), case(64, 1024, 1024, shown=True)]
+
+GPU_CASES = [case(8, 512, 11, quick=True, shown=True), case(64, 1024, 1024, shown=True)]

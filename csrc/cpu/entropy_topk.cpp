@@ -13,6 +13,7 @@
 #include "threads.h"
 #include "top_k.h"
 
+// Floor: one read of the logits, and one exponential each, whichever takes longer.
 // Every row is cut into blocks of kBlock columns. A block is read once from memory into the first-level cache and there
 // gives its maximum m, the shifted sums s = sum e^(x-m) and t = sum (x-m) e^(x-m), and the maximum of every vector
 // lane. Sums are merged in block order, so a row's result does not depend on how its blocks were shared between

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "counts.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -102,25 +103,8 @@ inline void multiply_rows(const Unit* a, int64_t a_row_stride, int64_t a_depth_s
 template <typename Unit, typename B>
 void multiply_tile(const Unit* a, int64_t a_stride, int rows, const B* b, int64_t b_stride, int64_t depth, float* out,
                    int64_t out_stride, bool accumulate) {
-  switch (rows) {
-#define GGRO_ROWS(n)                                                                                                 \
-  case n:                                                                                                            \
-    if constexpr (n <= kTileRows) multiply_rows<n>(a, a_stride, 1, b, b_stride, depth, out, out_stride, accumulate); \
-    return;
-    GGRO_ROWS(1)
-    GGRO_ROWS(2)
-    GGRO_ROWS(3)
-    GGRO_ROWS(4)
-    GGRO_ROWS(5)
-    GGRO_ROWS(6)
-    GGRO_ROWS(7)
-    GGRO_ROWS(8)
-    GGRO_ROWS(9)
-    GGRO_ROWS(10)
-    GGRO_ROWS(11)
-    GGRO_ROWS(12)
-#undef GGRO_ROWS
-  }
+  with_count<kTileRows>(
+      rows, [&](auto count) { multiply_rows<count>(a, a_stride, 1, b, b_stride, depth, out, out_stride, accumulate); });
 }
 
 // As multiply_tile, with `a` packed by pack_transposed: unit r of depth step i at a[i * kTileRows + r], and b packed
@@ -128,26 +112,9 @@ void multiply_tile(const Unit* a, int64_t a_stride, int rows, const B* b, int64_
 template <typename Unit>
 void multiply_packed_tile(const Unit* a, int rows, const Unit* b, int64_t depth, float* out, int64_t out_stride,
                           bool accumulate) {
-  switch (rows) {
-#define GGRO_ROWS(n)                                                                          \
-  case n:                                                                                     \
-    if constexpr (n <= kTileRows)                                                             \
-      multiply_rows<n>(a, 1, kTileRows, b, kTileColumns, depth, out, out_stride, accumulate); \
-    return;
-    GGRO_ROWS(1)
-    GGRO_ROWS(2)
-    GGRO_ROWS(3)
-    GGRO_ROWS(4)
-    GGRO_ROWS(5)
-    GGRO_ROWS(6)
-    GGRO_ROWS(7)
-    GGRO_ROWS(8)
-    GGRO_ROWS(9)
-    GGRO_ROWS(10)
-    GGRO_ROWS(11)
-    GGRO_ROWS(12)
-#undef GGRO_ROWS
-  }
+  with_count<kTileRows>(rows, [&](auto count) {
+    multiply_rows<count>(a, 1, kTileRows, b, kTileColumns, depth, out, out_stride, accumulate);
+  });
 }
 
 template <typename Unit>

@@ -6,6 +6,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "counts.h"
 #include "dtypes.h"
 #include "gemm.h"
 #include "ggro/errors.h"
@@ -201,12 +202,7 @@ class QueryTile {
   // Scores of rows first .. end - 1, up to their scale.
   void score(const Segment<T>& tile, int64_t keys, int first, int end) {
     if (end - first <= kFewRows) {
-      for (int64_t column = 0; column < keys; column += kLanes) {
-        prefetch(tile.values + column * tile.value_stride, tile.value_stride, args_.value_width);
-        prefetch(tile.keys + (column + kTileKeys) * tile.key_stride, tile.key_stride, args_.key_width);
-        score_few_rows(queries_ + first * units_, end - first, tile.from(column), keys - column,
-                       scores_ + first * kScoreStride + column);
-      }
+      with_count<kFewRows>(end - first, [&](auto rows) { score_few_rows<rows>(tile, keys, first); });
     } else {
       for (int64_t column = 0; column < keys; column += kTileColumns) {
         pack_transposed<kTileVectors, Unit>(tile.keys + column * tile.key_stride, tile.key_stride, keys - column,
@@ -275,22 +271,15 @@ class QueryTile {
     }
   }
 
-  // Scores of a vector of keys, transposed in registers: packing them would cost few rows as much as the product.
-  void score_few_rows(const Unit* queries, int rows, const Segment<T>& tile, int64_t keys, float* scores) const {
-    switch (rows) {
-#define GGRO_ROWS(n)                                                                                          \
-  case n:                                                                                                     \
-    return multiply_transposed<n>(queries, units_, tile.keys, tile.key_stride, keys, args_.key_width, scores, \
-                                  kScoreStride);
-      GGRO_ROWS(1)
-      GGRO_ROWS(2)
-      GGRO_ROWS(3)
-      GGRO_ROWS(4)
-      GGRO_ROWS(5)
-      GGRO_ROWS(6)
-      GGRO_ROWS(7)
-      GGRO_ROWS(8)
-#undef GGRO_ROWS
+  // As score, with the keys transposed in registers: packing them would cost few rows as much as the product.
+  template <int kRows>
+  void score_few_rows(const Segment<T>& tile, int64_t keys, int first) {
+    for (int64_t column = 0; column < keys; column += kLanes) {
+      prefetch(tile.values + column * tile.value_stride, tile.value_stride, args_.value_width);
+      prefetch(tile.keys + (column + kTileKeys) * tile.key_stride, tile.key_stride, args_.key_width);
+      multiply_transposed<kRows>(queries_ + first * units_, units_, tile.keys + column * tile.key_stride,
+                                 tile.key_stride, keys - column, args_.key_width,
+                                 scores_ + first * kScoreStride + column, kScoreStride);
     }
   }
 

@@ -9,6 +9,8 @@
 #include "kernels.h"
 #include "threads.h"
 
+// Floor: one read of the hidden states, a multiply-add each. Selection adds one exponential a candidate where it
+// samples.
 namespace ggro::cpu {
 namespace {
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "counts.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -28,7 +29,16 @@ constexpr int64_t kDirectRows = 24;
 // Rows that are multiplied at once: more of them take turns, which bounds the memory for their scores.
 constexpr int64_t kMaxRows = 1024;
 
-// One thread's products of a [rows, width] with slabs of table [vocab, width], rows <= kMaxRows.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int64_t count;
+};
+
+inline int64_t slab_count(int64_t table_rows) { return (table_rows + kSlab - 1) / kSlab; }
+
+// One thread's products of a [rows, width], rows <= kMaxRows, with slabs of table [vocab, width].
 // The bits of a product depend on the two rows and the instruction set only: the order of summation is that of the
 // depth, in chains of kDepthChunk, on every path.
 template <typename A, typename B>
@@ -36,14 +46,14 @@ class SlabProduct {
   using Unit = ProductUnit<A, B>;
 
  public:
-  SlabProduct(const A* a, int64_t a_stride, int64_t rows, const B* table, int64_t table_stride, int64_t width)
-      : a_(a),
-        a_stride_(a_stride),
-        rows_(rows),
-        table_(table),
-        table_stride_(table_stride),
+  SlabProduct(const Rows<A>& a, const Rows<B>& table, int64_t width)
+      : a_(a.data),
+        a_stride_(a.stride),
+        rows_(a.count),
+        table_(table.data),
+        table_stride_(table.stride),
         width_(width),
-        scores_(new float[rows * kSlab]) {
+        scores_(new float[a.count * kSlab]) {
     if (rows_ <= kDirectRows) return;
     tiles_ = (rows_ + kTileRows - 1) / kTileRows;
     packed_a_.reset(new Unit[tiles_ * kPackedRows]);
@@ -110,7 +120,7 @@ class SlabProduct {
         }
         transpose(tile);
         for (int64_t r = 0; r < rows_; r += kGroupRows) {
-          multiply_group(tile, r, depth, i, std::min<int64_t>(kGroupRows, rows_ - r), sums + r * kLanes);
+          multiply_group(tile, r, depth, i, std::min(kGroupRows, rows_ - r), sums + r * kLanes);
         }
       }
       for (; i < count_units<Unit>(chunk); ++i) {
@@ -129,29 +139,12 @@ class SlabProduct {
     }
   }
 
+  // kLanes depth steps of `rows` rows of a, from `row` on, with the transposed tile.
   void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, int64_t rows,
                       float* sums) const {
-    switch (rows) {
-      case 1:
-        return multiply_group<1>(tile, row, depth, unit, sums);
-      case 2:
-        return multiply_group<2>(tile, row, depth, unit, sums);
-      case 3:
-        return multiply_group<3>(tile, row, depth, unit, sums);
-      case 4:
-        return multiply_group<4>(tile, row, depth, unit, sums);
-      case 5:
-        return multiply_group<5>(tile, row, depth, unit, sums);
-      case 6:
-        return multiply_group<6>(tile, row, depth, unit, sums);
-      case 7:
-        return multiply_group<7>(tile, row, depth, unit, sums);
-      case 8:
-        return multiply_group<8>(tile, row, depth, unit, sums);
-    }
+    with_count<kGroupRows>(rows, [&](auto count) { multiply_group<count>(tile, row, depth, unit, sums); });
   }
 
-  // kLanes depth steps of kRows rows of a, from `row` on, with the transposed tile.
   template <int kRows>
   void multiply_group(const Vec (&tile)[kLanes], int64_t row, int64_t depth, int64_t unit, float* sums) const {
     Vec vectors[kRows];

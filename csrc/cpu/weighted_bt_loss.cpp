@@ -10,6 +10,8 @@
 #include "narrow.h"
 #include "threads.h"
 
+// Floor: for each pair one read of its weight and, where that is not zero, of its positions and the two rewards they
+// name, anywhere in their rows, and one exponential. The backward pass also writes both gradients once.
 namespace ggro::cpu {
 namespace {
 

@@ -29,5 +29,6 @@ prefix_attention_op = register(
     reference=reference.prefix_attention,
     fake=_fake,
     native=native.prefix_attention,
+    triton="ggro_kernels.prefix_attention.triton:prefix_attention",
     dtypes_of=("query",),
 )

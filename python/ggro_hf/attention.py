@@ -6,6 +6,7 @@
 scores every branch as if it followed the cached prefix alone. A forward without `branch_starts` is causal attention.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from ggro_hf.transfer import to_device
 from ggro_kernels import prefix_attention
 
 PREFIX_ATTENTION = "ggro_prefix_attention"
@@ -42,13 +44,14 @@ def pack_branches(
         raise ValueError("branches must be at least one, got none")
     if not all(branches):
         raise ValueError(f"branches must have at least one token each, got lengths {[len(x) for x in branches]}")
-    lengths = torch.tensor([len(branch) for branch in branches], dtype=torch.int64)
-    branch_starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return {
-        "input_ids": torch.tensor([[token for branch in branches for token in branch]], device=device),
-        "position_ids": (prefix_length + torch.arange(len(branch_starts)) - branch_starts)[None].to(device),
-        "branch_starts": branch_starts[None].to(device),
-    }
+    lengths = [len(branch) for branch in branches]
+    rows = [
+        [token for branch in branches for token in branch],
+        [prefix_length + index for length in lengths for index in range(length)],
+        [end - length for length, end in zip(lengths, accumulate(lengths), strict=True) for _ in range(length)],
+    ]
+    input_ids, position_ids, branch_starts = to_device(rows, device)[:, None]
+    return {"input_ids": input_ids, "position_ids": position_ids, "branch_starts": branch_starts}
 
 
 def prefix_attention_forward(

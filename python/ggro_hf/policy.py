@@ -1,10 +1,13 @@
 """The frozen language model: a sequence that can be extended, rewound and committed without recomputing its prefix."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
 from ggro_hf.results import Counters
+from ggro_hf.transfer import to_device, wait_for
 
 
 class Policy:
@@ -17,7 +20,8 @@ class Policy:
     def __init__(self, model: PreTrainedModel, counters: Counters, capacity: int = 0) -> None:
         check_policy(model)
         self._model = model
-        self._device = model.device
+        embedding: Any = model.get_input_embeddings()
+        self._device: torch.device = embedding.weight.device
         self._counters = counters
         self._cache = RewindableCache(model.config, capacity)
         self.token_ids: list[int] = []
@@ -27,12 +31,16 @@ class Policy:
     @torch.inference_mode()
     def extend(self, token_ids: list[int]) -> torch.Tensor:
         """Append tokens in one forward pass and return the logits `[V]` after the last."""
-        inputs = torch.tensor([token_ids], device=self._device)
+        inputs = to_device([token_ids], self._device)
         output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._counters.policy_tokens += len(token_ids)
         self.token_ids += token_ids
         self.logits = output.logits[0, -1]
         return self.logits
+
+    def wait(self) -> None:
+        """Return when `logits` are computed."""
+        wait_for(self._device)
 
     def rewind(self, length: int) -> None:
         """Drop all tokens but the first `length`."""

@@ -18,12 +18,12 @@ def compiled(index: int, architecture: int) -> list[Cubin]:
     return compile_case(cases()[index], architecture)
 
 
-def faults(cubin: Cubin, wide_loads: bool) -> list[str]:
+def faults(cubin: Cubin, wide_loads: tuple[str, ...]) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
     if cubin.spilled:
         found.append(f"{cubin.spilled} loads and stores of spilled registers")
-    if wide_loads and sum(cubin.loads.values()) > 4 and 16 not in cubin.loads:
+    if cubin.kernel in wide_loads and 16 not in cubin.loads:
         found.append("no 16-byte load")
     return found
 

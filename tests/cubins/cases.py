@@ -5,10 +5,11 @@ A tensor is only allocated: what a pointer, a stride or a size is divisible by i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ggro_kernels import candidate_scores, entropy_topk, score_select, weighted_bt_loss
+from ggro_kernels import candidate_scores, entropy_topk, prefix_attention, score_select, weighted_bt_loss
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,23 +20,82 @@ class Case:
 
     name: str
     call: Callable[[], object]
-    wide_loads: bool = True
-    """Whether every kernel that reads more than a few numbers must load 16 bytes at a time."""
+    wide_loads: tuple[str, ...] = ()
+    """The kernels that must load 16 bytes at a time."""
 
 
-def _entropy_topk() -> list[Case]:
-    return [
+def _entropy_topk(vocab: int, k: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(2, vocab, dtype=dtype)
+    entropy_topk(logits, k, impl="triton")
+
+
+def _entropy_topk_backward(dtype: torch.dtype) -> None:
+    logits = torch.empty(2, 128256, dtype=dtype, requires_grad=True)
+    result = entropy_topk(logits, 25, temperature=0.7, impl="triton")
+    torch.autograd.backward(result[:3], [torch.empty_like(x) for x in result[:3]])
+
+
+def _entropy_topk_cases() -> list[Case]:
+    forward = [
         Case(
             f"entropy_topk {vocab} {name}, k={k}",
-            lambda vocab=vocab, dtype=dtype, k=k: entropy_topk(torch.empty(2, vocab, dtype=dtype), k, impl="triton"),
-            wide_loads=vocab % 16 == 0,
+            partial(_entropy_topk, vocab, k, dtype),
+            wide_loads=("_reduce_tiles",) if vocab % 16 == 0 else (),
         )
-        for vocab, k in ((128256, 25), (128257, 25), (128256, 256), (2000, 25))
+        for vocab, k in ((128256, 25), (128257, 25), (262144, 256), (2000, 25))
+        for name, dtype in FLOATS.items()
+    ]
+    backward = [
+        Case(f"entropy_topk_backward {name}", partial(_entropy_topk_backward, dtype), wide_loads=("_backward",))
+        for name, dtype in FLOATS.items()
+    ]
+    return forward + backward
+
+
+def _prefix_attention(
+    dtype: torch.dtype, tokens: int, heads: tuple[int, int], widths: tuple[int, int], every_option: bool
+) -> None:
+    def empty(heads: int, length: int, width: int) -> torch.Tensor:
+        return torch.empty(2, heads, length, width, dtype=dtype)
+
+    (query_heads, key_heads), (width, value_width) = heads, widths
+    options: dict = {}
+    if every_option:
+        options = {"prefix_lengths": torch.zeros(2, dtype=torch.int64), "window": 100, "softcap": 5.0}
+    prefix_attention(
+        empty(query_heads, tokens, width),
+        empty(key_heads, 2048, width),
+        empty(key_heads, 2048, value_width),
+        empty(key_heads, tokens, width),
+        empty(key_heads, tokens, value_width),
+        torch.zeros(2, tokens, dtype=torch.int64),
+        **options,
+        impl="triton",
+    )
+
+
+def _prefix_attention_cases() -> list[Case]:
+    return [
+        Case(
+            f"prefix_attention {name}, {tokens} tokens, {'/'.join(map(str, heads))} x {'/'.join(map(str, widths))}"
+            + ", every option" * every_option,
+            partial(_prefix_attention, dtype, tokens, heads, widths, every_option),
+            wide_loads=("_attend_kernel", "_merge_kernel") if widths[0] % 16 == 0 else (),
+        )
+        for heads, widths, tokens, every_option in (
+            ((32, 8), (128, 128), 1, False),
+            ((32, 8), (128, 128), 30, False),
+            ((32, 8), (128, 128), 30, True),
+            ((4, 4), (64, 64), 30, False),
+            ((28, 4), (24, 80), 30, True),
+            ((16, 8), (256, 256), 30, True),
+            ((16, 1), (576, 512), 30, False),
+        )
         for name, dtype in FLOATS.items()
     ]
 
 
-def _candidate_scores() -> list[Case]:
+def _candidate_scores_cases() -> list[Case]:
     def call(width: int, gradient_dtype: torch.dtype, table_dtype: torch.dtype) -> torch.Tensor:
         gradient, table = torch.empty(256, width, dtype=gradient_dtype), torch.empty(2, width, dtype=table_dtype)
         return candidate_scores(gradient, table, torch.zeros(256, 25, dtype=torch.int64), impl="triton")
@@ -52,7 +112,7 @@ def _candidate_scores() -> list[Case]:
     ]
 
 
-def _score_select() -> list[Case]:
+def _score_select_cases() -> list[Case]:
     def call(candidates: int, width: int, dtype: torch.dtype, sample: bool) -> object:
         hidden, head = torch.empty(2, candidates, width, dtype=dtype), torch.empty(width, dtype=dtype)
         options = {"mode": "categorical", "uniforms": torch.zeros(2)} if sample else {}
@@ -72,7 +132,7 @@ def _score_select() -> list[Case]:
     ]
 
 
-def _weighted_bt_loss() -> list[Case]:
+def _weighted_bt_loss_cases() -> list[Case]:
     def call(dtype: torch.dtype, weights_dtype: torch.dtype, reduction: str) -> None:
         chosen, rejected = (torch.empty(8, 1024, dtype=dtype, requires_grad=True) for _ in range(2))
         positions = torch.zeros(8, 256, dtype=torch.int64)
@@ -97,4 +157,10 @@ def _weighted_bt_loss() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*_entropy_topk(), *_candidate_scores(), *_score_select(), *_weighted_bt_loss()]
+    return [
+        *_entropy_topk_cases(),
+        *_prefix_attention_cases(),
+        *_candidate_scores_cases(),
+        *_score_select_cases(),
+        *_weighted_bt_loss_cases(),
+    ]

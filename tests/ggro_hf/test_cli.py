@@ -390,6 +390,11 @@ def test_options_that_do_not_go_together(models, capsys, tmp_path):
     assert_gives_up(capsys, *both, "--prompt", "a", "--report", tmp_path / "no" / "out", message="cannot be written")
     assert_gives_up(capsys, "demo", "--json", tmp_path, message="--json .* cannot be written")
     assert_gives_up(capsys, *both, "--prompt", "a", "--method", "sample", "--temperature", 0, message="(?i)temperature")
+    nowhere = {"meta:nowhere": "Invalid device string"}
+    if not torch.cuda.is_available():
+        nowhere["cuda"] = "(CUDA enabled|NVIDIA driver|CUDA)"
+    for device, message in nowhere.items():
+        assert_gives_up(capsys, *both, "--prompt", "a", "--device", device, message=f"--device '{device}': .*{message}")
     for arguments in (["--max-new-tokens", "0"], ["--max-new-tokens", "-3"], ["--method", "none"], []):
         with pytest.raises(SystemExit) as error:
             run(capsys, "generate", *arguments)

@@ -7,7 +7,7 @@ from transformers.generation import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ggro_hf import GGRO, PRESETS, BestOfN, Greedy, RewardModel, Sample, generate
-from ggro_hf.decoding.base import Request, end_of_sequence_ids
+from ggro_hf.decoding.base import Request, end_of_sequence_ids, peak_bytes
 from tests.ggro_hf.small_models import PAD, small_policy, small_reward, small_tokenizer
 
 VOCABULARY = 300
@@ -71,6 +71,31 @@ def test_rows_of_a_left_padded_batch_equal_single_runs(policy, reward, name):
         assert (output.sequences[index, longest + width :] == PAD).all()
     generated = policy.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=12)
     assert torch.equal(generated, output.sequences)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_default_device_of_the_caller_does_not_matter(policy, reward, name):
+    decoder = all_decoders(reward)[name]
+    ids = torch.tensor([PROMPT])
+    expected = decoder(policy, ids, max_new_tokens=8).sequences
+    # A tensor made without naming its device would hold nothing.
+    with torch.device("meta"):
+        sequences = decoder(policy, ids, max_new_tokens=8).sequences
+    assert torch.equal(sequences, expected)
+
+
+def test_peak_memory_is_that_of_all_gpus_or_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", [300, 70].__getitem__)
+    assert peak_bytes(torch.device("cuda", 1)) == 370
+    assert peak_bytes(torch.device("cpu")) > 1 << 24
+
+
+def test_the_prefill_is_timed_until_it_is_done(policy, monkeypatch):
+    waited = []
+    monkeypatch.setattr("ggro_hf.policy.wait_for", waited.append)
+    Greedy()(policy, torch.tensor([PROMPT]), max_new_tokens=2)
+    assert waited == [torch.device("cpu")]
 
 
 def test_greedy_equals_generate(policy):

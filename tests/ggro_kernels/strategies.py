@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from tests.conftest import INTEGER_POISON
+from tests.conftest import poison
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,8 +36,7 @@ def layouts(draw: Any, x: torch.Tensor) -> torch.Tensor:
     steps = [draw(st.sampled_from((1, 1, 2))) for _ in order]
     spans = [gap + max(0, (x.shape[dim] - 1) * step + 1) for dim, gap, step in zip(order, gaps, steps, strict=True)]
     offset = draw(st.integers(0, 3))
-    poison = torch.nan if x.is_floating_point() else x.dtype == torch.bool or INTEGER_POISON
-    storage = torch.full((offset + torch.Size(spans).numel(),), poison, dtype=x.dtype)
+    storage = torch.full((offset + torch.Size(spans).numel(),), poison(x.dtype), dtype=x.dtype)
     parts = tuple(slice(gap, None, step) for gap, step in zip(gaps, steps, strict=True))
     view = storage[offset:].view(spans)[parts].permute([order.index(dim) for dim in range(x.dim())])
     return view.copy_(x)

@@ -8,7 +8,7 @@ from torch import inf, nan
 
 from ggro_kernels import EntropyTopK
 from ggro_kernels.testing import assert_exact_selection, assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.implementations import on_threads, thread_counts
 from tests.ggro_kernels.placed import entropy_topk
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -150,9 +150,9 @@ def test_temperature(temperature: float, dtype: torch.dtype, impl: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
-def test_extreme_temperatures(temperature: float, native_impl: str) -> None:
+def test_extreme_temperatures(temperature: float, kernel_impl: str) -> None:
     logits = torch.tensor([[1.0, -inf, 3.0, 2.0]])
-    result = entropy_topk(logits, 1, temperature=temperature, impl=native_impl)
+    result = entropy_topk(logits, 1, temperature=temperature, impl=kernel_impl)
     assert result.entropy.item() == pytest.approx(0.0 if temperature < 1 else math.log(3), abs=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_strides_and_offsets(dtype: torch.dtype, impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, native_impl: str) -> None:
+def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.dtype, kernel_impl: str) -> None:
     logits = random_logits(5, 70001, dtype)
     logits[2, 100:60000] = -inf
     logits[3] = logits[3].round()
@@ -182,21 +182,21 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(dtype: torch.
     def bits(result: EntropyTopK) -> list[torch.Tensor]:
         return [result.indices, *(bitwise(tensor) for tensor in (result.entropy, result.logsumexp, result.values))]
 
-    whole = bits(entropy_topk(logits, 25, impl=native_impl))
-    for threads in (1, 2, 3, 4, 7):
+    whole = bits(entropy_topk(logits, 25, impl=kernel_impl))
+    for threads in thread_counts(kernel_impl, 1, 2, 3, 4, 7):
         with on_threads(threads):
             for first, last in ((0, 5), (0, 1), (1, 3), (2, 5), (4, 5)):
-                part = bits(entropy_topk(logits[first:last], 25, impl=native_impl))
+                part = bits(entropy_topk(logits[first:last], 25, impl=kernel_impl))
                 for a, b in zip(part, whole, strict=True):
                     assert torch.equal(a, b[first:last])
 
 
 @pytest.mark.parametrize("name", ["many NaN", "all NaN", "+inf and NaN", "all masked", "+inf", "constant", "ascending"])
-def test_special_rows_shared_between_threads(name: str, native_impl: str) -> None:
+def test_special_rows_shared_between_threads(name: str, kernel_impl: str) -> None:
     row = adversarial_rows(131072)[name].unsqueeze(0)
-    alone = entropy_topk(row, 25, impl=native_impl)
+    alone = entropy_topk(row, 25, impl=kernel_impl)
     with on_threads(4):
-        shared = entropy_topk(row, 25, impl=native_impl)
+        shared = entropy_topk(row, 25, impl=kernel_impl)
     for a, b in zip(alone, shared, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 

@@ -5,7 +5,7 @@ import torch
 from torch import inf, nan
 
 from ggro_kernels.testing import assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.implementations import on_threads, thread_counts
 from tests.ggro_kernels.op_calls import OpCalls
 from tests.ggro_kernels.placed import entropy_topk
 from tests.ggro_kernels.test_entropy_topk import DTYPES, random_logits
@@ -158,19 +158,19 @@ def test_gradcheck_in_fp64(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype, native_impl: str) -> None:
+def test_bits_do_not_depend_on_batch_or_threads(dtype: torch.dtype, kernel_impl: str) -> None:
     logits = random_logits(5, 20001, dtype)
     logits[2, 100:9000] = -inf
     weights = torch.randn(5, generator=torch.Generator().manual_seed(1))
 
     def bits(first: int, last: int) -> torch.Tensor:
         leaf = logits[first:last].clone().requires_grad_()
-        result = entropy_topk(leaf, 25, impl=native_impl)
+        result = entropy_topk(leaf, 25, impl=kernel_impl)
         loss = (weights[first:last] * result.entropy).sum() + result.logsumexp.sum() + result.values.float().sum()
         return bitwise(torch.autograd.grad(loss, leaf)[0])
 
     whole = bits(0, 5)
-    for threads in (1, 2, 3, 7):
+    for threads in thread_counts(kernel_impl, 1, 2, 3, 7):
         with on_threads(threads):
             for first, last in ((0, 5), (0, 1), (1, 4)):
                 assert torch.equal(bits(first, last), whole[first:last])

@@ -55,7 +55,7 @@ def assert_rows_within_budget(
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_entropy_topk(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_entropy_topk(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, vocab = data.draw(st.integers(0, 4)), data.draw(strategies.sizes(300, 2047, 2048, 2049, 4161, 9001))
     temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
     # The logsumexp of larger ones would overflow in fp32 only.
@@ -64,7 +64,7 @@ def test_entropy_topk(native_impl: str, data: st.DataObject, threads: int) -> No
     k = data.draw(st.integers(1, min(256, vocab)))
 
     def run() -> Any:
-        return entropy_topk(logits, k, temperature=temperature, impl=native_impl)
+        return entropy_topk(logits, k, temperature=temperature, impl=kernel_impl)
 
     result = run()
     assert_bitwise_equal(shared_by(threads, run), result)
@@ -163,7 +163,7 @@ def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: 
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
-def test_entropy_topk_gradients(native_impl: str, data: st.DataObject, threads: int) -> None:
+def test_entropy_topk_gradients(kernel_impl: str, data: st.DataObject, threads: int) -> None:
     rows, vocab = data.draw(st.integers(0, 4)), data.draw(strategies.sizes(300, 2049, 4161))
     logits = data.draw(strategies.values((rows, vocab), data.draw(strategies.dtypes), largest=1e4))
     # The gradient of a row that they spoil is tested by itself.
@@ -172,9 +172,9 @@ def test_entropy_topk_gradients(native_impl: str, data: st.DataObject, threads: 
     temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
     # Row by row, so that a large row does not excuse a small one.
     for row in range(rows):
-        backward_tests.check(logits[row : row + 1], k, native_impl, temperature)
-    alone = backward_tests.gradient_of(logits, k, native_impl, temperature)
-    shared = shared_by(threads, lambda: backward_tests.gradient_of(logits, k, native_impl, temperature))
+        backward_tests.check(logits[row : row + 1], k, kernel_impl, temperature)
+    alone = backward_tests.gradient_of(logits, k, kernel_impl, temperature)
+    shared = shared_by(threads, lambda: backward_tests.gradient_of(logits, k, kernel_impl, temperature))
     assert_bitwise_equal(shared, alone)
 
 
@@ -315,7 +315,7 @@ def attentions(draw: Any) -> dict[str, Any]:
 
 @settings(max_examples=25)
 @given(arguments=attentions(), threads=strategies.thread_counts)
-def test_prefix_attention(native_impl: str, arguments: dict[str, Any], threads: int) -> None:
-    output = attention_tests.check(arguments, native_impl)
-    again = shared_by(threads, lambda: prefix_attention(**arguments, impl=native_impl))
+def test_prefix_attention(kernel_impl: str, arguments: dict[str, Any], threads: int) -> None:
+    output = attention_tests.check(arguments, kernel_impl)
+    again = shared_by(threads, lambda: prefix_attention(**arguments, impl=kernel_impl))
     assert_bitwise_equal(again, output)

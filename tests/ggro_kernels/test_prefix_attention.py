@@ -1,12 +1,13 @@
 """prefix_attention through every implementation, against one dense softmax per token in fp64."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from ggro_kernels.testing import assert_within_budget, bitwise
-from tests.ggro_kernels.implementations import on_threads
+from tests.ggro_kernels.implementations import NATIVE, on_threads, thread_counts
 from tests.ggro_kernels.placed import prefix_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -146,9 +147,17 @@ def test_prefix_lengths(dtype: torch.dtype, impl: str) -> None:
     assert check(arguments, impl).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [1, 2, 5, 63, 64, 65, 99, 100, 101, 130, 2**40])
-def test_window(window: int, dtype: torch.dtype, impl: str) -> None:
+@pytest.mark.parametrize(
+    ("impl", "dtype", "window"),
+    [
+        *itertools.product(("reference", *NATIVE), DTYPES, (1, 2, 5, 63, 64, 65, 99, 100, 101, 130, 2**40)),
+        *(("triton", torch.float16, window) for window in (1, 63, 65, 100, 2**40)),
+        ("triton", torch.float32, 101),
+        ("triton", torch.bfloat16, 64),
+    ],
+    indirect=["impl"],
+)
+def test_window(impl: str, dtype: torch.dtype, window: int) -> None:
     arguments = inputs(2, 4, 2, 24, 100, (1, 9, 3, 80), dtype)
     check(arguments | {"window": window, "prefix_lengths": torch.tensor([100, 37])}, impl)
 
@@ -231,10 +240,10 @@ def test_values_that_are_infinite_or_nan(impl: str) -> None:
     assert (output[..., 2] == torch.inf).all() and output[..., 3].isnan().all() and output[..., 4:].isfinite().all()
 
 
-def test_what_a_token_does_not_see_may_be_nan(native_impl: str) -> None:
+def test_what_a_token_does_not_see_may_be_nan(kernel_impl: str) -> None:
     prefix, window = 150, 90
     arguments = inputs(1, 4, 2, 32, prefix, (3, 70, 2)) | {"window": window}
-    expected = prefix_attention(**arguments, impl=native_impl)
+    expected = prefix_attention(**arguments, impl=kernel_impl)
     whole = {
         kind: torch.cat([arguments[f"prefix_{kind}"], arguments[f"branch_{kind}"]], 2) for kind in ("key", "value")
     }
@@ -249,23 +258,31 @@ def test_what_a_token_does_not_see_may_be_nan(native_impl: str) -> None:
             tokens = tokens.clone()
             tokens[:, :, first:end] = torch.nan
             spoilt[f"prefix_{kind}"], spoilt[f"branch_{kind}"] = tokens[:, :, :prefix], tokens[:, :, prefix:]
-        output = prefix_attention(**spoilt, impl=native_impl)
+        output = prefix_attention(**spoilt, impl=kernel_impl)
         assert output[:, :, seen_by].isnan().all()
         others = [token for token in range(75) if token not in seen_by]
         assert torch.equal(bitwise(output[:, :, others]), bitwise(expected[:, :, others]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"window": 100}, {"softcap": 3.0}])
+OPTIONS: tuple[Arguments, ...] = ({}, {"window": 100}, {"softcap": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("kernel_impl", "dtype", "options", "branches", "prefix"),
+    [
+        *itertools.product(NATIVE, DTYPES, OPTIONS, [(1, 30, 1, 70, 3)], [333]),
+        *(("triton", dtype, options, (1, 20, 1, 3), 270) for dtype, options in zip(DTYPES, OPTIONS, strict=True)),
+    ],
+    indirect=["kernel_impl"],
+)
 def test_result_is_bitwise_the_same_alone_in_any_batch_and_on_any_threads(
-    dtype: torch.dtype, options: Arguments, native_impl: str
+    kernel_impl: str, dtype: torch.dtype, options: Arguments, branches: tuple[int, ...], prefix: int
 ) -> None:
-    branches = (1, 30, 1, 70, 3)
-    arguments = inputs(2, 6, 2, 40, 333, branches, dtype) | options
-    whole = bitwise(prefix_attention(**arguments, impl=native_impl))
-    for threads in (2, 3, 8):
+    arguments = inputs(2, 6, 2, 40, prefix, branches, dtype) | options
+    whole = bitwise(prefix_attention(**arguments, impl=kernel_impl))
+    for threads in thread_counts(kernel_impl, 2, 3, 8):
         with on_threads(threads):
-            assert torch.equal(bitwise(prefix_attention(**arguments, impl=native_impl)), whole)
+            assert torch.equal(bitwise(prefix_attention(**arguments, impl=kernel_impl)), whole)
     # Every branch by itself in a batch of one, then cut short.
     for index, length in enumerate(branches):
         first = sum(branches[:index])
@@ -279,15 +296,15 @@ def test_result_is_bitwise_the_same_alone_in_any_batch_and_on_any_threads(
                 "branch_value": arguments["branch_value"][1:, :, part],
                 "branch_starts": torch.zeros(1, kept, dtype=torch.int64),
             }
-            output = prefix_attention(**alone, **options, impl=native_impl)
+            output = prefix_attention(**alone, **options, impl=kernel_impl)
             assert torch.equal(bitwise(output), whole[1:, :, part])
     # One pair of heads by itself, and a buffer longer than the prefix.
     heads = {name: arguments[name][:, 1:] for name in ("prefix_key", "prefix_value", "branch_key", "branch_value")}
     heads["query"] = arguments["query"][:, 3:]
-    assert torch.equal(bitwise(prefix_attention(**arguments | heads, impl=native_impl)), whole[:, 3:])
+    assert torch.equal(bitwise(prefix_attention(**arguments | heads, impl=kernel_impl)), whole[:, 3:])
     longer = {name: torch.cat([arguments[name]] * 2, 2) for name in ("prefix_key", "prefix_value")}
-    longer["prefix_lengths"] = torch.tensor([333, 333])
-    assert torch.equal(bitwise(prefix_attention(**arguments | longer, impl=native_impl)), whole)
+    longer["prefix_lengths"] = torch.tensor([prefix, prefix])
+    assert torch.equal(bitwise(prefix_attention(**arguments | longer, impl=kernel_impl)), whole)
 
 
 def test_fp64_goes_through_the_reference() -> None:

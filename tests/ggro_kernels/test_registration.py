@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from ggro_kernels import candidate_scores, entropy_topk
 from ggro_kernels.library import NAMESPACE, registered_ops
-from ggro_kernels.testing import bitwise
 from tests.ggro_kernels.implementations import on_threads
-from tests.ggro_kernels.op_calls import OpCalls
+from tests.ggro_kernels.op_calls import OpCalls, assert_bitwise_equal, outputs_of
 from tests.ggro_kernels.samples import SAMPLES, OpSample
 
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in SAMPLES.items()])
@@ -33,16 +32,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def run_in_fresh_process(code: str) -> None:
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-
-
-def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
-    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
-
-
-def assert_bitwise_equal(actual: Any, expected: Any) -> None:
-    for a, b in zip(outputs_of(actual), outputs_of(expected), strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
-        assert torch.equal(bitwise(a), bitwise(b)) if a.is_floating_point() else torch.equal(a, b)
 
 
 def ops_called_by(sample: OpSample, **options: Any) -> list[tuple[Any, tuple]]:

@@ -32,6 +32,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(name: str) -> None:
+    """Raise CommandError where torch cannot use the device, before minutes go into loading a model."""
+    try:
+        torch.empty(0, device=name)
+    # A build of torch without CUDA asserts that it has it.
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {name!r}: {one_line(error)}") from error
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a policy's tokenizer; raises CommandError."""
     return _load("policy", name, lambda: AutoTokenizer.from_pretrained(name))
@@ -79,8 +88,9 @@ def _read_policy(name: str, dtype: torch.dtype | None, device: str) -> PreTraine
             "give a causal language model as --policy"
         )
     check_policy(model)
-    _check_causal(model.eval())
-    return model.to(device)
+    model = model.eval().to(device)
+    _check_causal(model)
+    return model
 
 
 def _check_causal(model: PreTrainedModel) -> None:

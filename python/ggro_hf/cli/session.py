@@ -7,7 +7,7 @@ from typing import Any
 
 from ggro_hf import demo_models
 from ggro_hf.cli.errors import CommandError, one_line
-from ggro_hf.cli.models import DTYPES, LoadedPolicy, default_device, load_policy, load_reward
+from ggro_hf.cli.models import DTYPES, LoadedPolicy, check_device, default_device, load_policy, load_reward
 from ggro_hf.decoding import GGRO, PRESETS, BestOfN, Decoder, Greedy, Sample
 from ggro_hf.generation import generate_iter
 from ggro_hf.jsonl import PromptLine
@@ -152,6 +152,7 @@ class Session:
     """Loaded models and a decoder that answer one line after another; raises CommandError where they cannot be had."""
 
     def __init__(self, settings: MethodSettings) -> None:
+        check_device(settings.device)
         dtype = DTYPES[settings.dtype]
         self.policy = load_policy(settings.policy_path, dtype, settings.device)
         reward_path = str(demo_models.REWARD) if settings.reward == EMBEDDED else settings.reward

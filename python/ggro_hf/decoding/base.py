@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ggro_hf.policy import Policy, check_policy, context_length
 from ggro_hf.prompts import Prompt, encode_prompt
 from ggro_hf.results import Counters, DecoderOutput, FinishReason, Generation
+from ggro_hf.transfer import to_device, to_host
 from ggro_kernels import entropy_topk
 
 # Sampling settings that many checkpoints carry in their generation_config; they do not move the argmax of raw logits.
@@ -47,22 +48,29 @@ class Position:
         return self.logits[self.tokens.index(token)] - self.logsumexp
 
 
-def read_position(logits: torch.Tensor, k: int) -> Position:
-    """Entropy and top-`k` of one row of logits `[V]` in one pass.
+def read_position(logits: torch.Tensor, k: int, entropy: torch.Tensor | None = None) -> Position:
+    """Entropy and top-`k` of one row of logits `[V]` in one pass, and one transfer to the host.
 
-    Raises FloatingPointError where the logits hold NaN or +inf, or nothing finite.
+    `entropy`, fp32 without dimensions, stands in for that of the kernel. Raises FloatingPointError where the logits
+    hold NaN or +inf, or nothing finite.
     """
     top = entropy_topk(logits[None], min(k, _LARGEST_KERNEL_K))
-    entropy = top.entropy.item()
+    values, indices = top.values[0], top.indices[0]
+    if k > _LARGEST_KERNEL_K:
+        values, indices = (ordered[:k] for ordered in logits.sort(descending=True, stable=True))
+    entropies = top.entropy if entropy is None else entropy
+    tokens, logsumexp, entropies, values = to_host(indices, top.logsumexp, entropies, values)
+    return Position(checked_entropy(entropies.item()), logsumexp.item(), tokens.tolist(), values.tolist())
+
+
+def checked_entropy(entropy: float) -> float:
+    """Raise FloatingPointError for the entropy of logits that hold NaN or +inf, or nothing finite."""
     if entropy != entropy:
         raise FloatingPointError(
             "the policy's logits hold NaN, +inf or no finite value; its weights or its dtype cannot carry this input "
             "(try dtype=torch.float32)"
         )
-    values, indices = top.values[0], top.indices[0]
-    if k > _LARGEST_KERNEL_K:
-        values, indices = (ordered[:k] for ordered in logits.sort(descending=True, stable=True))
-    return Position(entropy, top.logsumexp.item(), indices.tolist(), values.tolist())
+    return entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,7 @@ class Decoder(ABC):
         check_request(request)
         counters = Counters()
         if self.streamer is not None:
-            self.streamer.put(torch.tensor(request.prompt_ids))
+            self.streamer.put(torch.tensor(request.prompt_ids, device="cpu"))
         # Tensors made in inference mode cannot take part in the reward's backward pass, even as constants.
         with torch.inference_mode(False), torch.no_grad():
             generation = self._decode(request, counters)
@@ -152,7 +160,7 @@ class Decoder(ABC):
 
     def _stream(self, token_ids: list[int]) -> None:
         if self.streamer is not None and token_ids:
-            self.streamer.put(torch.tensor(token_ids))
+            self.streamer.put(torch.tensor(token_ids, device="cpu"))
 
 
 def open_policy(request: Request, counters: Counters) -> Policy:
@@ -160,6 +168,7 @@ def open_policy(request: Request, counters: Counters) -> Policy:
     policy = Policy(request.model, counters, capacity=len(request.prompt_ids) + request.max_new_tokens)
     with counters.phase("prefill"):
         policy.extend(list(request.prompt_ids))
+        policy.wait()
     return policy
 
 
@@ -196,9 +205,9 @@ def end_of_sequence_ids(model: PreTrainedModel, config: GenerationConfig | None 
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device where it is an accelerator, else of this process."""
+    """Peak memory so far: where the device is a GPU, what tensors took on all GPUs, else that of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -229,6 +238,7 @@ def _refuse_criteria(criteria: list[Any]) -> None:
 def _unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but must be [batch, length]")
+    input_ids = input_ids.cpu()
     if attention_mask is None:
         return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
@@ -236,7 +246,7 @@ def _unpadded_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
             f"attention_mask has shape {tuple(attention_mask.shape)}, but must have that of "
             f"input_ids, {tuple(input_ids.shape)}"
         )
-    mask = attention_mask.bool()
+    mask = attention_mask.cpu().bool()
     if (mask[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError(
             "attention_mask marks padding on the right; pad prompts on the left (tokenizer.padding_side='left')"
@@ -252,7 +262,7 @@ def _padding_id(config: GenerationConfig, eos_ids: frozenset[int]) -> int:
 
 def _pad(input_ids: torch.Tensor, generations: list[Generation], padding_id: int) -> torch.Tensor:
     longest = max((len(generation.token_ids) for generation in generations), default=0)
-    responses = torch.full((len(generations), longest), padding_id, dtype=torch.long)
-    for row, generation in enumerate(generations):
-        responses[row, : len(generation.token_ids)] = torch.tensor(generation.token_ids, dtype=torch.long)
-    return torch.cat([input_ids.to(torch.long), responses.to(input_ids.device)], dim=1)
+    responses = [
+        generation.token_ids + [padding_id] * (longest - len(generation.token_ids)) for generation in generations
+    ]
+    return torch.cat([input_ids.to(torch.long), to_device(responses, input_ids.device)], dim=1)

@@ -1,7 +1,6 @@
 """GGRO exactly as its authors released it: the state between segments is text, decoded and tokenised again."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -91,7 +90,7 @@ def decode_as_released(
 def _read_clamped(logits: torch.Tensor, k: int) -> Position:
     probabilities = torch.softmax(logits.float(), dim=-1).clamp_min(_SMALLEST_PROBABILITY)
     entropy = -(probabilities * probabilities.log()).sum()
-    return replace(read_position(logits, k), entropy=entropy.item())
+    return read_position(logits, k, entropy)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

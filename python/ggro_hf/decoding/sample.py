@@ -8,9 +8,11 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from ggro_hf.decoding.base import Decoder, Request, finish_reason, open_policy, read_position
+from ggro_hf.decoding.base import Decoder, Request, checked_entropy, finish_reason, open_policy
 from ggro_hf.policy import Policy
 from ggro_hf.results import Counters, Generation, Trace
+from ggro_hf.transfer import to_host
+from ggro_kernels import entropy_topk
 
 
 class Sample(Decoder):
@@ -69,14 +71,15 @@ def draw_response(
 ) -> tuple[list[int], list[float]]:
     """Draw one response after the sequence in `policy`; its tokens and their entropies (nats, before warping)."""
     # The warpers used here look at scores only.
-    no_context = cast(torch.LongTensor, torch.empty((1, 0), dtype=torch.long))
+    no_context = cast(torch.LongTensor, torch.empty((1, 0), dtype=torch.long, device=policy.logits.device))
     token_ids: list[int] = []
     entropies: list[float] = []
     logits = policy.logits
     while True:
-        entropies.append(read_position(logits, 1).entropy)
         scores = warpers(no_context, cast(torch.FloatTensor, logits[None].float()))
-        token = int(torch.multinomial(torch.softmax(scores, dim=-1).cpu(), 1, generator=generator))
+        entropy, probabilities = to_host(entropy_topk(logits[None], 1).entropy, torch.softmax(scores, dim=-1))
+        entropies.append(checked_entropy(entropy.item()))
+        token = int(torch.multinomial(probabilities, 1, generator=generator))
         token_ids.append(token)
         if on_tokens is not None:
             on_tokens([token])

@@ -11,6 +11,7 @@ from ggro_hf.decoding.base import Position
 from ggro_hf.policy import Policy
 from ggro_hf.results import Candidate, Counters, Segment
 from ggro_hf.rewards import RewardPrefix
+from ggro_hf.transfer import to_device
 from ggro_kernels import candidate_scores
 
 # An entropy stop needs this many decoded tokens, the stopping one included.
@@ -90,7 +91,8 @@ class SegmentSearch:
         self._rules = rules
         self._policy = policy
         self._prefix = prefix
-        self._opening: Position | None = self._read(policy.logits)
+        with counters.phase("prefill"):
+            self._opening: Position | None = self._read(policy.logits)
 
     @property
     def complete(self) -> bool:
@@ -210,8 +212,10 @@ class SegmentSearch:
             return
         with self.counters.phase("proposal"):
             run: list[int] = []
-            for gradient, token, position in zip(scored.gradient, nudged, candidate.positions[offset:], strict=False):
-                scores = self._proposal_scores(gradient, token, position)
+            positions = candidate.positions[offset : offset + len(nudged)]
+            for scores, position in zip(
+                self._proposal_scores(scored.gradient, nudged, positions), positions, strict=True
+            ):
                 winner = _first_maximum(scores)
                 # Positions after the first take part only while the gradient likes a token better than staying.
                 if winner is None or (run and scores[winner] <= 0):
@@ -221,13 +225,21 @@ class SegmentSearch:
                 run.append(position.tokens[winner])
             candidate.next_forced = tuple(run)
 
-    def _proposal_scores(self, gradient: torch.Tensor, token: int, position: Position) -> list[float]:
+    def _proposal_scores(
+        self, gradient: torch.Tensor, tokens: list[int], positions: list[Position]
+    ) -> list[list[float]]:
+        """The gradient's score of every proposal at each position, whose current token is that of `tokens`."""
         reward = self._prefix.reward_model
-        ids = torch.tensor([position.tokens], device=reward.device)
-        scores = candidate_scores(gradient[None], reward.embedding_table, ids)[0] * reward.embedding_scale
+        proposals = [position.tokens for position in positions]
+        scores = candidate_scores(gradient, reward.embedding_table, to_device(proposals, gradient.device))
         return [
-            score * _CURRENT_TOKEN_FACTOR if candidate == token else score
-            for score, candidate in zip(scores.tolist(), position.tokens, strict=True)
+            [
+                score * _CURRENT_TOKEN_FACTOR if proposal == token else score
+                for score, proposal in zip(row, candidates, strict=True)
+            ]
+            for row, candidates, token in zip(
+                (scores * reward.embedding_scale).tolist(), proposals, tokens, strict=True
+            )
         ]
 
     def _may_win(self, candidate: _Pass, base: _Pass) -> bool:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ggro_hf.report.benchmarks import (
+    COLD,
     OURS,
     BenchmarkReport,
     BenchmarkRow,
@@ -14,6 +15,7 @@ from ggro_hf.report.benchmarks import (
     baseline_ratios,
     by_contest,
     microseconds,
+    setting_name,
     times,
 )
 
@@ -24,7 +26,7 @@ _OTHERS = "#9AA0A6"
 
 
 def draw(report: BenchmarkReport, directory: Path) -> list[Path]:
-    """Write `speedup-OP.png` for every op with a baseline, and one `roofline-N.png` for N threads.
+    """Write `speedup-OP.png` for every op with a baseline, and one `roofline-N.png` for N threads, or "gpu".
 
     Raises:
         OSError: a file cannot be written.
@@ -35,25 +37,27 @@ def draw(report: BenchmarkReport, directory: Path) -> list[Path]:
         if any(len(contest) > 1 for contest in contests):
             files.append(_save(_speedups(op, contests, report), directory / f"speedup-{op}.png"))
     for ceiling in report.ceilings:
-        rows = [row for row in report.rows if row.threads == ceiling.threads]
+        # What comes from a GPU's cache has another roof.
+        rows = [row for row in report.rows if row.threads == ceiling.threads and row.mode in (None, COLD)]
         if rows:
-            files.append(_save(_roofline(rows, ceiling, report), directory / f"roofline-{ceiling.threads}.png"))
+            name = f"roofline-{ceiling.threads or 'gpu'}.png"
+            files.append(_save(_roofline(rows, ceiling, report), directory / name))
     return files
 
 
 def _speedups(op: str, contests: list[dict[str, BenchmarkRow]], report: BenchmarkReport) -> Figure:
-    """A panel per number of threads, a group of bars per case, a bar per baseline."""
-    threads = sorted({contest[OURS].threads for contest in contests})
+    """A panel per number of threads or mode, a group of bars per case, a bar per baseline."""
+    settings = list(dict.fromkeys(contest[OURS].setting for contest in contests))
     baselines = list(dict.fromkeys(name for contest in contests for name in baseline_ratios(contest)))
     cases = list(dict.fromkeys((contest[OURS].case, contest[OURS].dtype) for contest in contests))
     height = 0.8 / len(baselines)
     rows = len(cases) * max(len(baselines), 1.5)
-    figure = Figure(figsize=(4 + 4 * len(threads), 1.9 + 0.24 * rows), layout="constrained")
+    figure = Figure(figsize=(4 + 4 * len(settings), 1.9 + 0.24 * rows), layout="constrained")
     figure.suptitle(f"{op}: how many times faster than its baselines\n{_origin(report)}", fontsize=11)
     ratios = [ratio for contest in contests for ratio in baseline_ratios(contest).values()]
-    panels = figure.subplots(1, len(threads), sharey=True, squeeze=False)[0]
-    for panel, count in zip(panels, threads, strict=True):
-        for contest in (contest for contest in contests if contest[OURS].threads == count):
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for panel, setting in zip(panels, settings, strict=True):
+        for contest in (contest for contest in contests if contest[OURS].setting == setting):
             position = cases.index((contest[OURS].case, contest[OURS].dtype))
             for name, ratio in baseline_ratios(contest).items():
                 index = baselines.index(name)
@@ -65,13 +69,13 @@ def _speedups(op: str, contests: list[dict[str, BenchmarkRow]], report: Benchmar
                 )
         panel.axvline(1, color="black", linewidth=1)
         _scale(panel, ratios)
-        panel.set_title(_threads(count), fontsize=10)
+        panel.set_title(setting_name(setting), fontsize=10)
         panel.set_xlabel("time of the baseline / time of ggro", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    ours = {(c[OURS].case, c[OURS].dtype, c[OURS].threads): microseconds(c[OURS].median_us) for c in contests}
+    ours = {(c[OURS].case, c[OURS].dtype, c[OURS].setting): microseconds(c[OURS].median_us) for c in contests}
     labels = [
-        f"{case}, {dtype}\n" + " / ".join(ours.get((case, dtype, count), "-") for count in threads)
+        f"{case}, {dtype}\n" + " / ".join(ours.get((case, dtype, setting), "-") for setting in settings)
         for case, dtype in cases
     ]
     panels[0].set_yticks(range(len(cases)), labels)
@@ -98,12 +102,12 @@ def _scale(panel: Axes, ratios: list[float]) -> None:
 def _roofline(rows: list[BenchmarkRow], ceiling: Ceiling, report: BenchmarkReport) -> Figure:
     """Arithmetic per byte against arithmetic per second, on both axes by powers of ten."""
     figure = Figure(figsize=(10, 6.2), layout="constrained")
-    figure.suptitle(f"Roofline, {_threads(ceiling.threads)}\n{_origin(report)}", fontsize=11)
+    figure.suptitle(f"Roofline, {setting_name(ceiling.threads or COLD)}\n{_origin(report)}", fontsize=11)
     panel = figure.subplots()
     intensities = [row.flops / row.bytes for row in rows]
     low, high = min(intensities) / 3, max(*intensities, 1000.0) * 3
     for (dtype, peak), style in zip(ceiling.matmul_gflop_per_s.items(), ("-", "--", ":"), strict=False):
-        ridge = peak / ceiling.read_gb_per_s
+        ridge = peak / ceiling.gb_per_s
         panel.plot([ridge, high], [peak, peak], style, color="black", linewidth=1.2)
         panel.annotate(
             f"{dtype} matmul, {peak:.0f} GFLOP/s",
@@ -113,9 +117,10 @@ def _roofline(rows: list[BenchmarkRow], ceiling: Ceiling, report: BenchmarkRepor
             ha="right",
             fontsize=8,
         )
-    ridge = max(ceiling.matmul_gflop_per_s.values()) / ceiling.read_gb_per_s
-    slope = f"read {ceiling.read_gb_per_s:.1f} GB/s"
-    panel.plot([low, ridge], [low * ceiling.read_gb_per_s, ridge * ceiling.read_gb_per_s], "k", lw=1.2, label=slope)
+    bandwidth = ceiling.gb_per_s
+    ridge = max(ceiling.matmul_gflop_per_s.values()) / bandwidth
+    slope = f"{'read' if ceiling.copy_gb_per_s is None else 'copy'} {bandwidth:.1f} GB/s"
+    panel.plot([low, ridge], [low * bandwidth, ridge * bandwidth], "k", lw=1.2, label=slope)
     for index, op in enumerate(dict.fromkeys(row.op for row in rows)):
         for row in (row for row in rows if row.op == op):
             if row.gflop_per_s is None:
@@ -144,13 +149,10 @@ def _roofline(rows: list[BenchmarkRow], ceiling: Ceiling, report: BenchmarkRepor
     return figure
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}"
-
-
 def _origin(report: BenchmarkReport) -> str:
     machine, versions = report.machine, report.versions
-    return f"{machine['cpu']}, {machine['isa']}, torch {versions['torch']}, commit {report.commit}"
+    where = machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['isa']}"
+    return f"{where}, torch {versions['torch']}, commit {report.commit}"
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -2,35 +2,50 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 OURS = "ggro"
 
+COLD, WARM, GRAPH = MODES = ("cold L2", "warm L2", "graph")
+"""How a call is timed on a GPU: its inputs not in the L2 cache, or left there by a call before; within a CUDA graph of
+many calls, where launching costs nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What the machine did with plain torch, in the same run, on some number of threads."""
+    """What the machine did with plain torch, in the same run, on some number of threads or on its GPU."""
 
-    threads: int
-    read_gb_per_s: float
-    """`amax` of 256 MiB of fp32."""
+    threads: int | None
+    """None on a GPU."""
+    read_gb_per_s: float | None
+    """`amax` of 256 MiB of fp32; None on a GPU."""
     matmul_gflop_per_s: dict[str, float]
     """A large matrix product, by dtype."""
+    copy_gb_per_s: float | None = None
+    """A GPU's copy of 512 MiB within its memory, bytes read and bytes written; None on a CPU."""
+
+    @property
+    def gb_per_s(self) -> float:
+        """The bandwidth that results are compared with."""
+        bandwidth = self.read_gb_per_s if self.copy_gb_per_s is None else self.copy_gb_per_s
+        assert bandwidth is not None
+        return bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRow:
-    """One provider on one case and number of threads. Times are per call."""
+    """One provider on one case and number of threads, or mode on a GPU. Times are per call."""
 
     op: str
     case: str
     """The shape as text."""
     shape: dict[str, int]
     dtype: str
-    threads: int
+    threads: int | None
+    """None on a GPU."""
     provider: str
     timings: int
     median_us: float
@@ -47,15 +62,25 @@ class BenchmarkRow:
     """`gb_per_s` over the ceiling's; above 100 where the data fit a cache."""
     gflop_per_s: float | None
     peak_extra_bytes: int | None
-    """Growth of the process while the call runs, its result included; None where it was not measured."""
+    """Growth of the process, or of the GPU's memory in use, while the call runs, its result included; None where it was
+    not measured."""
     part: bool
     """The provider does a part of the work only."""
     shown: bool
     """Part of README's table."""
+    mode: str | None = None
+    """On a GPU, one of `MODES`."""
+
+    @property
+    def setting(self) -> int | str:
+        """The number of threads, or the mode on a GPU."""
+        setting = self.threads if self.mode is None else self.mode
+        assert setting is not None
+        return setting
 
     def ceiling_us(self, ceiling: Ceiling) -> tuple[float, str]:
         """The time that the machine's ceilings allow, and which of them binds: "bandwidth" or "matmul"."""
-        reading = self.bytes / (1e3 * ceiling.read_gb_per_s)
+        reading = self.bytes / (1e3 * ceiling.gb_per_s)
         # A kernel of 16-bit inputs may compute in fp32 where that is faster.
         rates = ceiling.matmul_gflop_per_s
         computing = self.flops / (1e3 * max(rates[name] for name in {self.dtype, "float32"} if name in rates))
@@ -67,14 +92,16 @@ class BenchmarkReport:
     """One run of the suite."""
 
     machine: dict[str, Any]
-    """kind, cpu, cores, isa."""
+    """kind, cpu, cores, isa; of a GPU also gpu and what describes it."""
     versions: dict[str, str | None]
     commit: str
     ceilings: list[Ceiling]
     rows: list[BenchmarkRow]
+    notes: list[str] = field(default_factory=list)
+    """What was not measured, and why."""
 
-    def ceiling(self, threads: int) -> Ceiling:
-        """The ceiling on a number of threads."""
+    def ceiling(self, threads: int | None) -> Ceiling:
+        """The ceiling on a number of threads; on a GPU, of None."""
         return next(ceiling for ceiling in self.ceilings if ceiling.threads == threads)
 
     def save(self, path: Path) -> None:
@@ -99,10 +126,10 @@ class BenchmarkReport:
 
 
 def by_contest(rows: Iterable[BenchmarkRow]) -> list[dict[str, BenchmarkRow]]:
-    """The rows of every case and number of threads, by provider, in the order of the file."""
-    contests: dict[tuple[str, str, str, int], dict[str, BenchmarkRow]] = {}
+    """The rows of every case and setting, by provider, in the order of the file."""
+    contests: dict[tuple[str, str, str, int | str], dict[str, BenchmarkRow]] = {}
     for row in rows:
-        contests.setdefault((row.op, row.case, row.dtype, row.threads), {})[row.provider] = row
+        contests.setdefault((row.op, row.case, row.dtype, row.setting), {})[row.provider] = row
     return list(contests.values())
 
 
@@ -111,6 +138,11 @@ def baseline_ratios(contest: Mapping[str, BenchmarkRow]) -> dict[str, float]:
     ratios = {name: row.ratio for name, row in contest.items() if row.ratio is not None and not row.part}
     parts = [row.ratio for row in contest.values() if row.ratio is not None and row.part]
     return ratios | ({"sum of parts": sum(parts)} if parts else {})
+
+
+def setting_name(setting: int | str) -> str:
+    """`1 thread`, `2 threads`, or the mode."""
+    return setting if isinstance(setting, str) else f"{setting} thread{'s' * (setting > 1)}"
 
 
 def microseconds(value: float) -> str:
@@ -127,7 +159,7 @@ def times(ratio: float) -> str:
 
 
 def share_of_ceiling(row: BenchmarkRow, ceiling: Ceiling) -> str:
-    """`52 %` of the read bandwidth, or `71 % (matmul)` where arithmetic binds."""
+    """`52 %` of the bandwidth, or `71 % (matmul)` where arithmetic binds."""
     floor, binding = row.ceiling_us(ceiling)
     return f"{100 * floor / row.median_us:.0f} %" + (" (matmul)" if binding == "matmul" else "")
 
@@ -140,14 +172,16 @@ def megabytes(size: int) -> str:
 def format_report(report: BenchmarkReport) -> str:
     """A table for the terminal, one block per op."""
     machine, versions = report.machine, report.versions
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa'] or 'no native kernels'}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f"; commit {report.commit}"
-    ]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa'] or 'no native kernels'}"
+    if "gpu" in machine:
+        where = f"{machine['gpu']}, {machine['gpu_gib']} GiB, {machine['l2_mib']:.0f} MiB of L2"
+    used = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = [f"{where}; {used}; commit {report.commit}", *(f"NOT MEASURED: {note}" for note in report.notes)]
     for ceiling in report.ceilings:
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceiling.matmul_gflop_per_s.items())
-        lines.append(f"ceilings, {ceiling.threads} thread(s): read {ceiling.read_gb_per_s:.1f} GB/s; GFLOP/s {rates}")
+        bandwidth = f"{'read' if ceiling.copy_gb_per_s is None else 'copy'} {ceiling.gb_per_s:.1f} GB/s"
+        on = "" if ceiling.threads is None else f", {ceiling.threads} thread(s)"
+        lines.append(f"ceilings{on}: {bandwidth}; GFLOP/s {rates}")
     for op, contests in groupby(by_contest(report.rows), key=lambda contest: next(iter(contest.values())).op):
         lines += ["", op, *_op_table(report, list(contests))]
     return "\n".join(lines)
@@ -157,11 +191,12 @@ def _op_table(report: BenchmarkReport, contests: list[dict[str, BenchmarkRow]]) 
     baselines = list(dict.fromkeys(name for contest in contests for name in baseline_ratios(contest)))
     rows = [row for contest in contests for row in contest.values()]
     measured = list(dict.fromkeys(row.provider for row in rows if row.peak_extra_bytes is not None))
-    header = ["case", "dtype", "threads", OURS, "p20 - p80", *baselines, "GB/s", "GFLOP/s", "of ceiling"]
+    setting = "threads" if all(row.mode is None for row in rows) else "timed"
+    header = ["case", "dtype", setting, OURS, "p20 - p80", *baselines, "GB/s", "GFLOP/s", "of ceiling"]
     table = [header + ["extra memory: " + " / ".join(measured)] * bool(measured)]
     for contest in contests:
         row = contest[OURS]
-        cells = [row.case, row.dtype, str(row.threads), microseconds(row.median_us)]
+        cells = [row.case, row.dtype, str(row.setting), microseconds(row.median_us)]
         cells.append(f"{microseconds(row.p20_us)} - {microseconds(row.p80_us)}")
         ratios = baseline_ratios(contest)
         cells += [times(ratios[name]) if name in ratios else "" for name in baselines]

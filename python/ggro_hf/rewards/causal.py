@@ -10,6 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
 from ggro_hf.results import Counters
+from ggro_hf.transfer import to_device
 from ggro_hf.vocabulary import check_shared_vocabulary
 
 # Tokens of the self-check at load, split into a cached prefix and a segment.
@@ -193,8 +194,7 @@ class RewardPrefix:
         self.reward = reward
 
     def _embed(self, token_ids: list[int]) -> torch.Tensor:
-        ids = torch.tensor([token_ids], device=self._embedding.weight.device)
-        return self._embedding(ids).detach()
+        return self._embedding(to_device([token_ids], self._embedding.weight.device)).detach()
 
     def _read(self, embeddings: torch.Tensor) -> torch.Tensor:
         output = self._backbone(inputs_embeds=embeddings, past_key_values=self._cache, use_cache=True)

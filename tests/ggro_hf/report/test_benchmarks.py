@@ -6,6 +6,8 @@ import pytest
 
 from ggro_hf.cli import main
 from ggro_hf.report.benchmarks import (
+    COLD,
+    GRAPH,
     BenchmarkReport,
     BenchmarkRow,
     Ceiling,
@@ -119,6 +121,47 @@ def test_bench_draws_speedups_and_rooflines(results, tmp_path):
     assert {path.name for path in plots.iterdir()} == names
     for path in plots.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def gpu_results(tmp_path):
+    rows = [row(threads=None, mode=COLD), row(threads=None, mode=COLD, provider="eager", median=1234.0)]
+    rows += [row(threads=None, mode=GRAPH), row(threads=None, mode=GRAPH, provider="eager", median=97.0)]
+    machine = {
+        "kind": "h100",
+        "cpu": "A processor",
+        "cores": 2,
+        "isa": None,
+        "gpu": "H100",
+        "gpu_gib": 80.0,
+        "l2_mib": 50.0,
+    }
+    limits = [Ceiling(None, None, {"float32": 50_000.0, "bfloat16": 800_000.0}, copy_gb_per_s=3000.0)]
+    report = BenchmarkReport(machine, {"torch": "2.11.0"}, "0123456789ab", limits, rows, ["x[1]: no time left"])
+    report.save(tmp_path / "kernels.json")
+    assert BenchmarkReport.load(tmp_path / "kernels.json") == report
+    return tmp_path / "kernels.json"
+
+
+def test_bench_shows_a_gpu(gpu_results, capsys):
+    assert main(["bench", str(gpu_results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "H100, 80.0 GiB, 50 MiB of L2; torch 2.11.0; commit 0123456789ab",
+        "NOT MEASURED: x[1]: no time left",
+        "ceilings: copy 3000.0 GB/s; GFLOP/s float32 50000, bfloat16 800000",
+    ]
+    assert [" ".join(line.split()[:8]) for line in lines[-2:]] == [
+        "4 x 128256 float32 cold L2 100 us",
+        "4 x 128256 float32 graph 100 us 90.0",
+    ]
+
+
+def test_bench_draws_a_gpu(gpu_results, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = tmp_path / "plots"
+    assert main(["bench", str(gpu_results), "--plot", str(plots)]) == 0
+    assert {path.name for path in plots.iterdir()} == {"speedup-entropy_topk.png", "roofline-gpu.png"}
 
 
 def test_plots_without_matplotlib_name_the_extra(results, tmp_path, monkeypatch, capsys):

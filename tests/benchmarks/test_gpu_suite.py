@@ -1,0 +1,289 @@
+"""The suite for GPUs, run on the CPU: only `CudaDevice` itself is left out. Nothing about time."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import ceilings, report
+from benchmarks.gpu import session
+from benchmarks.gpu.contest import Contest, DeviceLost, Entrant, first_line
+from benchmarks.gpu.session import GpuSession, Settings, by_importance
+from benchmarks.readme import markdown, with_table
+from benchmarks.registry import OURS, Case, Provider, load_cases, load_small_cases
+from benchmarks.session import SessionError
+from ggro_hf.report.benchmarks import COLD, GRAPH, MODES, WARM, BenchmarkReport, format_report
+from tests.benchmarks import host
+from tests.benchmarks.host import HostDevice, LostDevice
+
+CASES = load_cases(gpu=True)
+QUICKLY = {"seconds": 0.0, "rounds": 1}
+
+
+def add_case(*providers, size=24):
+    inputs = {"input": torch.ones(2), "other": torch.ones(2)}
+    return Case("add", "2", {"size": 2}, torch.float32, size, 2, lambda: inputs, providers)
+
+
+def fail(**inputs):
+    raise RuntimeError("\n  out of memory  \nand more")
+
+
+# The registry
+
+
+def test_names_are_unique():
+    names = [case.name for case in ceilings.GPU_CASES + CASES]
+    assert len(set(names)) == len(names)
+
+
+def test_every_op_of_the_package_has_a_quick_and_a_shown_case():
+    ops = {case.op for case in CASES}
+    assert ops == {case.op for case in load_cases()} - {"interleaved_forward"}
+    for op in ops:
+        cases = load_cases([op], gpu=True)
+        assert sum(case.quick for case in cases) == 1
+        assert any(case.shown for case in cases)
+        for case in cases:
+            names = [provider.name for provider in case.providers]
+            assert names[0] == OURS and len(set(names)) == len(names) >= 2
+            assert case.bytes > 0 and case.flops > 0
+
+
+def test_the_most_important_cases_come_first():
+    cases = by_importance(Settings())
+    assert cases[: len(ceilings.GPU_CASES)] == ceilings.GPU_CASES
+    cases = cases[len(ceilings.GPU_CASES) :]
+    assert sorted(case.name for case in cases) == sorted(case.name for case in CASES)
+    quick = [case.quick for case in cases]
+    assert quick == sorted(quick, reverse=True)
+    shown = [case.shown for case in cases if not case.quick]
+    assert shown == sorted(shown, reverse=True)
+    assert {case.op for case in by_importance(Settings(ops=["entropy_topk"], quick=True))} == {
+        "entropy_topk",
+        ceilings.COPY,
+        ceilings.MATMUL,
+    }
+
+
+def test_a_library_that_is_not_there_is_left_out():
+    for case in CASES:
+        named = [provider for provider in case.providers if provider.name.startswith("flashinfer")]
+        assert bool(named) == (case.op in ("entropy_topk", "prefix_attention"))
+        for provider in named:
+            try:
+                import flashinfer  # noqa: F401
+            except ImportError:
+                assert provider not in case.available_providers()
+
+
+def test_the_layout_for_flashinfer_is_that_of_the_tree():
+    case = load_small_cases()["prefix_attention"]
+    inputs = case.inputs()
+    from benchmarks.ops import prefix_attention as module
+
+    taken = module.FLASHINFER.prepare(**inputs)
+    tree = {name: taken[name].transpose(0, 1)[None] for name in ("query", "key", "value")}
+    theirs = module.sdpa_gqa(**tree, mask=taken["mask"][None, None])
+    torch.testing.assert_close(theirs, case.providers[0].bind(inputs)(), rtol=1e-4, atol=1e-4)
+
+
+# A contest
+
+
+def test_what_fits_the_cache_is_also_timed_warm_and_in_a_graph():
+    case = add_case(Provider(OURS, torch.add), Provider("other", torch.sub))
+    measured = Contest(case, HostDevice()).run(**QUICKLY)
+    assert measured.timings.keys() == {(mode, name) for mode in MODES for name in (OURS, "other")}
+    assert all(len(times) == 5 and min(times) >= 0 for times in measured.timings.values())
+    assert measured.extra_bytes == {OURS: 7, "other": 7}
+    assert not measured.failures
+    large = replace(case, bytes=HostDevice.cache_bytes + 1)
+    assert Contest(large, HostDevice()).run(**QUICKLY).timings.keys() == {(COLD, OURS), (COLD, "other")}
+
+
+def test_providers_take_turns():
+    order = []
+    providers = [Provider(name, lambda name=name, **_: order.append(name)) for name in (OURS, "other")]
+    Contest(add_case(*providers, size=1 << 30), HostDevice()).run(seconds=0.0, rounds=3)
+    # Before the rounds every provider is warmed up by itself.
+    assert order[-30:][::5] == [OURS, "other"] * 3
+
+
+def test_the_clock_starts_behind_enough_work_to_hide_the_launch():
+    events = []
+
+    class Recording(HostDevice):
+        def mark(self):
+            events.append("mark")
+            return super().mark()
+
+        def flush(self):
+            events.append("flush")
+
+        def capture(self, call, calls):
+            assert 1 <= calls <= 64
+            return lambda: events.append("replay")
+
+    entrant = Entrant(lambda: events.append("call"), Recording())
+    for mode, run in ((COLD, "call"), (WARM, "call"), (GRAPH, "replay")):
+        if mode == GRAPH:
+            entrant.capture()
+        events.clear()
+        entrant.time(mode, 2)
+        once = ["flush"] * events.index("mark" if mode == COLD else run) + [run] * (mode != COLD)
+        assert once[0] == "flush"
+        assert events == 2 * [*once, "mark", run, "mark"]
+
+
+def test_a_provider_that_fails_is_named_and_the_others_go_on():
+    measured = Contest(add_case(Provider(OURS, torch.add), Provider("other", fail)), HostDevice()).run(**QUICKLY)
+    assert measured.failures == {"other": "RuntimeError: out of memory"}
+    assert {name for _, name in measured.timings} == {OURS}
+    assert "other FAILED: RuntimeError: out of memory" in measured.summary()
+
+
+def test_without_ours_the_others_are_not_measured():
+    measured = Contest(add_case(Provider(OURS, fail), Provider("other", torch.sub)), HostDevice()).run(**QUICKLY)
+    assert measured.failures.keys() == {OURS} and not measured.timings
+
+
+def test_a_graph_that_cannot_be_captured_costs_that_mode_only():
+    class NoGraphs(HostDevice):
+        def capture(self, call, calls):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    measured = Contest(add_case(Provider(OURS, torch.add)), NoGraphs()).run(**QUICKLY)
+    assert measured.timings.keys() == {(COLD, OURS), (WARM, OURS)}
+    assert measured.failures.keys() == {f"{OURS}, {GRAPH}"}
+
+
+def test_a_lost_device_ends_the_contest():
+    with pytest.raises(DeviceLost) as lost:
+        Contest(add_case(Provider(OURS, torch.add), Provider("other", torch.sub)), LostDevice())
+    assert lost.value.measured.failures == {OURS: "RuntimeError: CUDA error: an illegal memory access was encountered"}
+
+
+def test_reasons_are_short():
+    assert first_line(ValueError("")) == "ValueError: "
+    assert len(first_line(ValueError("x" * 1000))) == 200
+
+
+# The session
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A session over the small cases, in its own process."""
+    return session.run(Settings(**QUICKLY), HostDevice, host.small_cases)
+
+
+def test_a_session_measures_every_case(whole, monkeypatch, tmp_path):
+    small = list(load_small_cases().values())
+    assert list(whole.measured) == [case.name for case in ceilings.GPU_CASES + small]
+    assert not whole.left_out and not any(measured.failures for measured in whole.measured.values())
+    monkeypatch.setattr(report, "load_cases", lambda gpu: [replace(case, shown=True) for case in small])
+    results = report.build_gpu_report(whole)
+    assert results.machine["kind"] == "nvidia-h100-80gb-hbm3"
+    assert {row.mode for row in results.rows} == set(MODES) and {row.threads for row in results.rows} == {None}
+    ours = [row for row in results.rows if row.provider == OURS]
+    assert len(ours) == 3 * len(small)
+    copy = results.ceiling(None).copy_gb_per_s
+    for row in ours:
+        assert row.peak_extra_bytes == (7 if row.mode == COLD else None)
+        assert row.ratio is None and row.p20_us <= row.median_us <= row.p80_us
+        assert row.bandwidth_percent == pytest.approx(100 * row.gb_per_s / copy, rel=1e-3)
+
+    report.write(results, tmp_path)
+    assert BenchmarkReport.load(tmp_path / "kernels.json") == results
+    with (tmp_path / "kernels.csv").open() as file:
+        assert [row["mode"] for row in csv.DictReader(file)] == [row.mode for row in results.rows]
+    printed = format_report(results).splitlines()
+    assert printed[0].startswith("NVIDIA H100 80GB HBM3, 79.6 GiB, 50 MiB of L2; ")
+    assert sum(GRAPH in line.split("  ") for line in printed) == len(small)
+    table = markdown(results).splitlines()
+    assert table[2] == "| op | case | dtype | cold L2 | faster than | of ceiling | graph | faster than | of ceiling |"
+    assert len(table) == 4 + len(small)
+    both = with_table("<!-- kernels: written by `make readme-table` --><!-- kernels: end -->", [results, results])
+    assert both.count("| op | case |") == 2
+
+
+def test_a_report_names_what_is_missing(whole, monkeypatch):
+    monkeypatch.setattr(report, "load_cases", lambda gpu: list(load_small_cases().values()))
+    cut = replace(whole, left_out=["project_topk[large]"])
+    assert format_report(report.build_gpu_report(cut)).splitlines()[1] == (
+        "NOT MEASURED: project_topk[large]: no time left"
+    )
+    with pytest.raises(SessionError, match=r"matmul.* was not measured.*no time left"):
+        report.build_gpu_report(GpuSession(whole.machine, whole.capabilities, {}, cut.left_out))
+
+
+def test_a_budget_that_is_used_up_leaves_the_last_cases_out():
+    cut = session.run(Settings(budget=0.0), HostDevice, host.small_cases)
+    assert not cut.measured and len(cut.left_out) == len(host.small_cases(None))
+
+
+def test_after_its_device_is_lost_a_process_is_replaced():
+    lost = session.run(Settings(**QUICKLY), LostDevice, host.two)
+    assert list(lost.measured) == [case.name for case in ceilings.GPU_CASES[:2]]
+    for measured in lost.measured.values():
+        assert "illegal memory access" in measured.failures["torch"]
+
+
+def test_a_case_that_ends_its_process_is_named_and_the_others_go_on():
+    names = [case.name for case in host.dying(None)]
+    session_ = session.run(Settings(**QUICKLY), HostDevice, host.dying)
+    assert list(session_.measured) == names and not session_.left_out
+    assert session_.measured[names[1]].failures == {"all providers": "its process ended with exit code 5"}
+    assert session_.measured[names[2]].timings
+
+
+def test_a_case_that_never_ends_is_cut_off(monkeypatch):
+    monkeypatch.setattr(session, "CASE_SECONDS", 15.0)
+    names = [case.name for case in host.sleeping(None)]
+    session_ = session.run(Settings(**QUICKLY), HostDevice, host.sleeping)
+    assert session_.measured[names[1]].failures == {"all providers": "no end within 15 s"}
+    assert session_.measured[names[0]].timings and session_.measured[names[2]].timings
+
+
+def test_a_device_that_does_not_start_is_an_error():
+    with pytest.raises(SessionError, match="before its first case"):
+        session.run(Settings(**QUICKLY), host.cannot_start, host.limits_only)
+
+
+# The command
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("GGRO_IMPL", "auto")
+
+
+def test_the_command_writes_results(gpu, whole, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(command.gpu_session, "run", lambda settings: asked.append(settings) or whole)
+    monkeypatch.setattr(command.gate, "require_green_tests", lambda *_: pytest.fail("tested in spite of --untested"))
+    arguments = ["--device", "cuda", "--untested", "--budget", "90", "--output", str(tmp_path / "new")]
+    assert command.main(arguments) == 0
+    assert asked == [Settings(budget=90.0)]
+    assert BenchmarkReport.load(tmp_path / "new" / "kernels.json").machine["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert "wrote " in capsys.readouterr().out
+    command.main(["--device", "cuda", "--quick", "--op", "project_topk"])
+    assert asked[1] == Settings(["project_topk"], quick=True, seconds=0.2, rounds=3)
+
+
+def test_options_that_do_not_go_together_are_refused(monkeypatch, capsys):
+    def message(*arguments):
+        with pytest.raises(SystemExit):
+            command.main(list(arguments))
+        return capsys.readouterr().err
+
+    assert "--budget is for --device cuda" in message("--budget", "3")
+    assert "are for the CPU" in message("--device", "cuda", "--threads", "1")
+    assert "unknown op 'interleaved_forward'" in message("--device", "cuda", "--op", "interleaved_forward")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none" in message("--device", "cuda")

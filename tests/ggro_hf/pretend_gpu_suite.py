@@ -1,0 +1,180 @@
+"""Models on a pretended GPU: the results are those of the CPU, and a token costs one read.
+
+Run by test_pretend_gpu.py, in a process of its own.
+"""
+
+import pytest
+import torch
+
+from benchmarks import gpu_decoding
+from ggro_hf import PREFIX_ATTENTION, Greedy, pack_branches
+from ggro_hf.cache import RewindableCache
+from ggro_hf.decoding import base
+from ggro_hf.transfer import to_host
+from tests.ggro_hf.device_cases import (
+    CPU,
+    DECODERS,
+    NEW_TOKENS,
+    PROMPT,
+    assert_same,
+    policy_on,
+    request,
+    reward_on,
+)
+from tests.ggro_hf.pretend_gpu import DEVICE, NAME, OnPretendGPU, pretend_gpu
+from tests.ggro_hf.small_models import PAD
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What every decoder answers on the CPU."""
+    policy, reward = policy_on(CPU), reward_on(CPU)
+    return {name: make(reward).respond(request(policy, name)) for name, make in DECODERS.items()}
+
+
+class Forwards:
+    """Counts the forward passes of a module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.count = 0
+        module.register_forward_pre_hook(self._add)
+
+    def _add(self, module: torch.nn.Module, args: object) -> None:
+        self.count += 1
+
+
+PLACES = {"both": (DEVICE, DEVICE), "policy": (DEVICE, CPU), "reward": (CPU, DEVICE)}
+APART = [(name, place) for name in ("best-of-n", "ggro, runs of tokens") for place in ("policy", "reward")]
+
+
+@pytest.mark.parametrize(("name", "place"), [*((name, "both") for name in DECODERS), *APART])
+def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, name, place):
+    policy_device, reward_device = PLACES[place]
+    with pretend_gpu() as transfers:
+        policy, reward = policy_on(policy_device), reward_on(reward_device)
+        decoder = DECODERS[name](reward)
+        policy_passes, reward_passes = Forwards(policy), Forwards(reward.model.base_model)
+        transfers.clear()
+        actual = decoder.respond(request(policy, name))
+    assert_same(actual, expected[name], 1e-5)
+    on_policy, on_reward = policy_device == DEVICE, reward_device == DEVICE
+    scored = sum(bool(c.proposal_scores) for segment in actual.trace.segments for c in segment.candidates)
+    passes = on_policy * policy_passes.count + on_reward * (reward_passes.count + scored)
+    assert transfers.uploads == passes
+    # Logits are read once after every pass; the later samples of best-of-n read those of the prompt again.
+    again = decoder.samples - 1 if name == "best-of-n" else 0
+    assert transfers.reads == passes + on_policy * again
+    assert policy_passes.count > 5
+
+
+@pytest.mark.parametrize("name", ["greedy", "sample", "best-of-n", "ggro"])
+def test_generate_and_plain_calls_keep_to_the_device(name):
+    rows = [PROMPT, [44, 45]]
+    ids = torch.tensor([row if len(row) == 5 else [PAD] * 3 + row for row in rows])
+    mask = (ids != PAD).long()
+    with pretend_gpu():
+        outputs = []
+        for device in (CPU, DEVICE):
+            policy, decoder = policy_on(device), DECODERS[name](reward_on(device))
+            placed = {"attention_mask": mask.to(device), "max_new_tokens": 9}
+            generated = policy.generate(ids.to(device), custom_generate=decoder, **placed)
+            plain = decoder(policy, ids.to(device), **placed).sequences
+            assert generated.device == plain.device == device
+            assert generated.tolist() == plain.tolist()
+            outputs.append(plain.tolist())
+    assert outputs[0] == outputs[1]
+
+
+def test_branches_packed_on_the_device_score_as_on_the_cpu():
+    branches = [[7, 8, 9], [10], [11, 12]]
+    logits = []
+    with pretend_gpu() as transfers:
+        for device in (CPU, DEVICE):
+            policy = policy_on(device)
+            policy.set_attn_implementation(PREFIX_ATTENTION)
+            cache = RewindableCache(policy.config)
+            with torch.no_grad():
+                policy(torch.tensor([PROMPT], device=device), past_key_values=cache)
+                transfers.clear()
+                packed = pack_branches(branches, len(PROMPT), device)
+                assert transfers.uploads == (device == DEVICE)
+                logits.append(policy(**packed, past_key_values=cache).logits.cpu())
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
+def test_to_host_gives_the_bits_of_tensors_of_any_dtype():
+    tensors = [
+        torch.tensor([1.5, torch.nan, -torch.inf], dtype=torch.bfloat16),
+        torch.tensor(2.0**-1074, dtype=torch.float64),
+        torch.tensor([[7], [2**60]]),
+        torch.tensor([True]),
+        torch.tensor([], dtype=torch.float32),
+        torch.arange(6.0)[::2],
+    ]
+    with pretend_gpu() as transfers:
+        placed = [tensor.to(DEVICE) for tensor in tensors]
+        transfers.clear()
+        read = to_host(*placed)
+    assert transfers.reads == 1
+    for tensor, other in zip(tensors, read, strict=True):
+        assert not isinstance(other, OnPretendGPU)
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_benchmark_makes_its_weights_on_the_device():
+    with pretend_gpu() as transfers:
+        pair = gpu_decoding.build_pair("tiny", DEVICE, torch.bfloat16, prompt_tokens=20)
+        # Scalars, and the passes of the reward model's check at load.
+        assert transfers.uploads < 20
+        for model in (pair.policy, pair.reward.model):
+            assert {(x.device, x.dtype) for x in model.parameters()} == {(DEVICE, torch.bfloat16)}
+        run = gpu_decoding.Run("tiny", "tiny")
+        gpu_decoding.measure(pair, new_tokens=6, deadline=0.0, run=run)
+    assert all(method.same_tokens_as_generate for name, method in run.methods.items() if name != "GGRO")
+
+
+# The pretended GPU itself: a test on it can fail.
+
+
+def test_it_refuses_what_a_gpu_refuses():
+    with pretend_gpu():
+        x = torch.ones(3, device=DEVICE)
+        assert x.device.type == NAME
+        assert (x + torch.tensor(1.0)).tolist() == [2, 2, 2]
+        for mistake in (
+            lambda: x + torch.ones(3),
+            lambda: torch.cat([x, torch.ones(1)]),
+            lambda: torch.nn.functional.embedding(torch.tensor([0]), x[:, None]),
+            lambda: torch.ones(2, 3) @ x,
+            lambda: x.index_select(0, torch.tensor([1])),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mistake()
+
+
+def test_it_counts_every_way_to_read_and_to_write():
+    with pretend_gpu() as transfers:
+        x = torch.arange(3.0, device=DEVICE)
+        for read in (x[0].item, lambda: float(x[1]), x.tolist, x.cpu, lambda: bool(x[2] > 0)):
+            transfers.clear()
+            read()
+            assert (transfers.reads, transfers.uploads) == (1, 0)
+        for upload in (lambda: torch.tensor([1], device=DEVICE), lambda: torch.ones(2).to(DEVICE)):
+            transfers.clear()
+            upload()
+            assert (transfers.reads, transfers.uploads) == (0, 1)
+
+
+def test_a_decoder_that_forgets_the_device_fails(monkeypatch):
+    monkeypatch.setattr("ggro_hf.policy.to_device", lambda ids, device: torch.tensor(ids))
+    with pretend_gpu(), pytest.raises(RuntimeError, match="same device"):
+        Greedy().respond(request(policy_on(DEVICE)))
+
+
+def test_a_decoder_that_reads_piece_by_piece_is_counted(monkeypatch):
+    monkeypatch.setattr(base, "to_host", lambda *tensors: [tensor.cpu() for tensor in tensors])
+    with pretend_gpu() as transfers:
+        policy = policy_on(DEVICE)
+        transfers.clear()
+        Greedy().respond(request(policy))
+        assert transfers.reads == 4 * NEW_TOKENS

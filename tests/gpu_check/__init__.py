@@ -1,0 +1,1 @@
+"""One command for a machine with an NVIDIA GPU and without network: `make gpu-check`."""
