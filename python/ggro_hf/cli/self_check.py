@@ -28,6 +28,9 @@ class CheckResult:
 def check_kernels() -> Iterator[CheckResult]:
     """Check every op, and its gradient where it has one, in every implementation that this machine can run."""
     impls = ["reference"] + (["native"] if dispatch.native_error is None else [])
+    # Interpreted, they would take minutes and say nothing of a GPU.
+    if dispatch.triton_error is None and not dispatch.INTERPRETING:
+        impls.append("triton")
     for op, make_cases in _CASES.items():
         for impl in impls:
             yield _check(op, impl, (case for dtype in _DTYPES for case in make_cases(dtype)))
@@ -66,15 +69,17 @@ def _check_case(op: str, impl: str, case: Case) -> None:
 
 
 def _results(op: str, impl: str, case: Case) -> dict[str, torch.Tensor]:
-    """Outputs by name, and the gradients of the sum of all float outputs."""
-    output = getattr(ggro_kernels, op)(**case, impl=impl)
+    """Outputs by name, and the gradients of the sum of all float outputs, on the CPU."""
+    device = "cuda" if impl == "triton" else "cpu"
+    placed = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
+    output = getattr(ggro_kernels, op)(**placed, impl=impl)
     results = {"output": output} if isinstance(output, torch.Tensor) else output._asdict()
     inputs = {name: x for name, x in case.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     if inputs:
         total = torch.stack([x.sum() for x in results.values() if x.is_floating_point()]).sum()
         gradients = torch.autograd.grad(total, list(inputs.values()))
         results |= {f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
-    return {name: result.detach() for name, result in results.items()}
+    return {name: result.detach().cpu() for name, result in results.items()}
 
 
 def _in_fp64(value: Any) -> Any:
