@@ -380,7 +380,7 @@ _attend_half = _tuned(
 )
 _attend_wide_half = _tuned(_attend_kernel, _attend_configuration(64, 32, warps=8, stages=2))
 _attend_fp32 = _tuned(_attend_kernel, _attend_configuration(16, 32, warps=4, stages=2))
-_attend_wide_fp32 = _tuned(_attend_kernel, _attend_configuration(16, 32, warps=8, stages=2))
+_attend_pieces_fp32 = _tuned(_attend_kernel, _attend_configuration(16, 32, warps=8, stages=2))
 _merge = _tuned(_merge_kernel, triton.Config({"BLOCK_R": 8}, num_warps=8), triton.Config({"BLOCK_R": 4}, num_warps=4))
 _merge_wide = _tuned(_merge_kernel, triton.Config({"BLOCK_R": 4}, num_warps=8))
 
@@ -426,7 +426,8 @@ def prefix_attention(
     )
     maxima, sums = torch.empty(2, *partials.shape[:3], dtype=torch.float32, device=query.device)
     block_d, block_v = (triton.next_power_of_2(max(x, 16)) for x in (key_width, value_width))
-    if max(block_d, block_v) > MAX_COLUMNS:
+    in_pieces = max(block_d, block_v) > MAX_COLUMNS
+    if in_pieces:
         # The scores are computed piece by piece, and again for every block of values.
         block_d, block_v = min(block_d, 32 if query.dtype == torch.float32 else 64), min(block_v, 128)
     value_tiles = triton.cdiv(value_width, block_v)
@@ -450,7 +451,7 @@ def prefix_attention(
     if splits or branches:
         tiles = (splits + branches) * batch * key_heads * value_tiles
         if query.dtype == torch.float32:
-            attend = _attend_wide_fp32 if wide else _attend_fp32
+            attend = _attend_pieces_fp32 if in_pieces else _attend_fp32
         else:
             attend = _attend_wide_half if wide else _attend_half
         attend[lambda meta: (triton.cdiv(tokens * group, meta["BLOCK_M"]) * tiles,)](
