@@ -80,7 +80,7 @@ def _prefix_attention_cases() -> list[Case]:
             f"prefix_attention {name}, {tokens} tokens, {'/'.join(map(str, heads))} x {'/'.join(map(str, widths))}"
             + ", every option" * every_option,
             partial(_prefix_attention, dtype, tokens, heads, widths, every_option),
-            wide_loads=("_attend_kernel", "_merge_kernel") if widths[0] % 16 == 0 else (),
+            wide_loads=("attend_kernel", "merge_kernel") if widths[0] % 16 == 0 else (),
         )
         for heads, widths, tokens, every_option in (
             ((32, 8), (128, 128), 1, False),
