@@ -127,6 +127,6 @@ def merge_partials(
             k,
             BLOCK_S=triton.next_power_of_2(shards),
             BLOCK_C=block,
-            CHUNK=min(block, 8192 // block),
+            CHUNK=32,
         )
     return merged_entropy, merged_logsumexp, merged_values, merged_indices
