@@ -34,5 +34,6 @@ lm_head_entropy_topk_op = register(
     reference=reference.lm_head_entropy_topk,
     fake=_fake,
     native=native.lm_head_entropy_topk,
+    triton="ggro_kernels.lm_head_entropy_topk.triton:lm_head_entropy_topk",
     dtypes_of=("hidden", "weight"),
 )

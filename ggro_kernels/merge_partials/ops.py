@@ -26,5 +26,6 @@ merge_partials_op = register(
     reference=reference.merge_partials,
     fake=_fake,
     native=native.merge_partials,
+    triton="ggro_kernels.merge_partials.triton:merge_partials",
     dtypes_of=("values", "entropy"),
 )

@@ -28,5 +28,6 @@ project_topk_op = register(
     reference=reference.project_topk,
     fake=_fake,
     native=native.project_topk,
+    triton="ggro_kernels.project_topk.triton:project_topk",
     dtypes_of=("gradient", "table"),
 )

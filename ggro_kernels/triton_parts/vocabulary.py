@@ -36,15 +36,16 @@ class Reduced(NamedTuple):
     """What a first read keeps of R rows."""
 
     maxima: torch.Tensor
-    """[R, groups] fp32; NaN where a group has a NaN."""
+    """[R, groups of whole tiles] fp32; NaN where a group has a NaN, -inf beyond the last column."""
     sums: torch.Tensor | None
     """[R, 3, tiles] fp32: m, s, t of `softmax_sums`; None where no statistics are wanted."""
 
 
 def empty_reduced(rows: int, vocab: int, k: int, device: torch.device, *, with_sums: bool) -> Reduced:
     """Room for what `reduce_tiles` finds."""
-    maxima = torch.empty(rows, triton.cdiv(vocab, group_of(k)), device=device)
-    return Reduced(maxima, torch.empty(rows, 3, triton.cdiv(vocab, TILE), device=device) if with_sums else None)
+    tiles = triton.cdiv(vocab, TILE)
+    maxima = torch.empty(rows, tiles * (TILE // group_of(k)), device=device)
+    return Reduced(maxima, torch.empty(rows, 3, tiles, device=device) if with_sums else None)
 
 
 @tuned(triton.Config({}, num_warps=4), triton.Config({}, num_warps=8), key=("GROUP",))
@@ -56,7 +57,6 @@ def _reduce_tiles(
     row_stride,
     columns,
     slab_tiles,
-    groups,
     first_tile,
     tiles,
     temperature,
@@ -86,7 +86,7 @@ def _reduce_tiles(
     if s != s:
         b_maxima = tl.where(tl.max((b_groups != b_groups).to(tl.int32), 1) > 0, float("nan"), b_maxima)
     o_group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
-    tl.store(p_maxima + row * groups + o_group, b_maxima, mask=o_group < groups)
+    tl.store(p_maxima + row * slab_tiles * (TILE // GROUP) + o_group, b_maxima)
 
 
 def reduce_tiles(logits: torch.Tensor, k: int, reduced: Reduced, temperature: float = 1.0, first_tile: int = 0) -> None:
@@ -96,7 +96,6 @@ def reduce_tiles(logits: torch.Tensor, k: int, reduced: Reduced, temperature: fl
     """
     rows, columns = logits.shape
     slab_tiles = triton.cdiv(columns, TILE)
-    group = group_of(k)
     _reduce_tiles[(rows * slab_tiles,)](
         logits,
         reduced.maxima,
@@ -104,14 +103,13 @@ def reduce_tiles(logits: torch.Tensor, k: int, reduced: Reduced, temperature: fl
         logits.stride(0),
         columns,
         slab_tiles,
-        triton.cdiv(columns, group),
         first_tile,
         0 if reduced.sums is None else reduced.sums.shape[2],
         temperature,
         SUMS=reduced.sums is not None,
         DIVIDE=temperature != 1.0,
         TILE=TILE,
-        GROUP=group,
+        GROUP=group_of(k),
     )
 
 
@@ -135,6 +133,7 @@ def _select(
     p_logits,
     p_maxima,
     p_sums,
+    p_column_indices,
     p_groups,
     p_candidates,
     p_entropy,
@@ -185,7 +184,10 @@ def _select(
     b_candidates, b_ranks = ranks(p_candidates, k, BLOCK_K)
     m_k = tl.arange(0, BLOCK_K) < k
     b_indices = indices_of(b_candidates)
-    tl.store(p_indices + row * output_stride + b_ranks, b_indices + first_column, mask=m_k)
+    b_column_indices = b_indices + first_column
+    if p_column_indices is not None:
+        b_column_indices = tl.load(p_column_indices + row * row_stride + b_indices, mask=m_k, other=0)
+    tl.store(p_indices + row * output_stride + b_ranks, b_column_indices, mask=m_k)
     # Loaded once more: a conversion to fp32 and back may change the bits of a NaN.
     b_values = tl.load(p_logits + b_indices, mask=m_k, other=0.0)
     tl.store(p_values + row * output_stride + b_ranks, b_values, mask=m_k)
@@ -195,30 +197,36 @@ def _select(
 
 def select(
     logits: torch.Tensor,
-    reduced: Reduced,
+    reduced: Reduced | None,
     values: torch.Tensor,
     indices: torch.Tensor,
     *,
     first_column: int = 0,
+    column_indices: torch.Tensor | None = None,
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Fill values and indices [R, k], of one row stride, from logits [R, columns] that were reduced, k <= columns.
 
-    `statistics`, entropy [R] and logsumexp [R], are filled from the sums of all tiles.
+    Few enough columns, up to k groups of them, need not be reduced. Indices are those of the columns plus
+    `first_column`, or what `column_indices`, of the strides of the logits, has for them. `statistics`, entropy [R] and
+    logsumexp [R], are filled from the sums of all tiles.
     """
     rows, columns = logits.shape
     k = values.shape[1]
     group = group_of(k)
-    groups = triton.cdiv(columns, group)
+    # Those beyond the last column are the last of the smallest: not one of them is among the k best.
+    groups = triton.cdiv(columns, TILE) * (TILE // group)
     # Few columns are searched as they are.
     elements = min(group * triton.next_power_of_2(k), triton.next_power_of_2(columns))
-    grouped = groups > k and elements < columns
-    tiles = 0 if reduced.sums is None else reduced.sums.shape[2]
+    grouped = elements < columns
+    maxima, sums = reduced or (None, None)
+    tiles = 0 if sums is None else sums.shape[2]
     entropy, logsumexp = statistics or (None, None)
     _select[(rows,)](
         logits,
-        reduced.maxima,
-        reduced.sums,
+        maxima,
+        sums,
+        column_indices,
         torch.empty(rows, k, dtype=torch.int32, device=logits.device),
         torch.empty(rows, k, dtype=torch.int64, device=logits.device),
         entropy,

@@ -27,3 +27,8 @@ def kernel_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(params=NATIVE)
 def native_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return select(request.param, monkeypatch)
+
+
+@pytest.fixture
+def triton_impl(monkeypatch: pytest.MonkeyPatch) -> str:
+    return select("triton", monkeypatch)

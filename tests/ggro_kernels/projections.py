@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ggro_kernels import dispatch
+from tests.ggro_kernels.placed import HAS_GPU
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,6 +35,26 @@ SMALL_SHAPES = (
 
 LARGE_SHAPES = ((20, 5003, 257, 64), (33, 257, 1031, 1), (70, 5003, 31, 25), (256, 513, 33, 256), (3, 5003, 513, 256))
 """The same for a few pairs."""
+
+
+def interpreted(impl: str) -> bool:
+    """Whether kernels run in Triton's interpreter, which takes a tenth of a second for each row of any width."""
+    return impl == "triton" and not HAS_GPU
+
+
+def few(impl: str, rows: int) -> int:
+    """`rows`, or 2 in the interpreter, where more than one block of rows has its own tests."""
+    return 2 if interpreted(impl) else rows
+
+
+def small_shapes(impl: str) -> tuple[tuple[int, int, int, int], ...]:
+    """SMALL_SHAPES, or fewer rows in the interpreter."""
+    return ((0, 33, 7, 5), (1, 1, 1, 1), (1, 257, 67, 25)) if interpreted(impl) else SMALL_SHAPES
+
+
+def large_shapes(impl: str) -> tuple[tuple[int, int, int, int], ...]:
+    """LARGE_SHAPES, or fewer rows in the interpreter, among them some that take two blocks."""
+    return ((1, 5003, 1031, 256), (1, 300, 4100, 25), (66, 97, 31, 1)) if interpreted(impl) else LARGE_SHAPES
 
 
 def matrices(

@@ -37,6 +37,9 @@ from tests.ggro_kernels.test_registration import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
+INTERPRETED_EXAMPLES = 20
+"""How many examples of Triton's kernels: their interpreter takes a tenth of a second for each row."""
+
 
 def shared_by(threads: int, call: Callable[[], Any]) -> Any:
     with on_threads(threads):
@@ -118,9 +121,12 @@ def test_candidate_scores(kernel_impl: str, data: st.DataObject, threads: int) -
 
 
 @st.composite
-def projections(draw: Any) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, torch.Tensor], bool]:
+def projections(
+    draw: Any, *, interpreted: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, torch.Tensor], bool]:
     """Rows, a table, k, a bias or none, and whether all products are exact in fp32."""
-    rows, vocab = draw(st.one_of(st.integers(0, 5), st.integers(6, 40))), draw(strategies.sizes(300, 513, 1031))
+    rows = draw(st.integers(0, 2) if interpreted else st.one_of(st.integers(0, 5), st.integers(6, 40)))
+    vocab = draw(strategies.sizes(300, 513, 1031))
     width = draw(st.one_of(st.just(0), strategies.sizes(100, 257, 1031)))
     exact = draw(st.booleans())
     # Larger numbers would overflow in fp32 only.
@@ -131,35 +137,60 @@ def projections(draw: Any) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, t
         strategies.flush_denormals(left)
         strategies.flush_denormals(right)
     bias = {"bias": draw(tensors((vocab,)))} if draw(st.booleans()) else {}
+    if interpreted:
+        # Triton's interpreter takes denormals of bf16 for other numbers.
+        for x in (left, right, *bias.values()):
+            if x.dtype == torch.bfloat16:
+                strategies.flush_denormals(x)
     return left, right, draw(st.integers(1, min(256, vocab))), bias, exact
 
 
-@given(data=st.data(), arguments=projections(), threads=strategies.thread_counts)
-def test_project_topk(native_impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
+def check_project_topk(impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
     gradient, table, k, options, exact = arguments
     if data.draw(st.booleans()):
         options = {**options, "forbidden": data.draw(strategies.masks((len(table),)))}
     if exact:
-        result = project_topk_tests.check_exactly(gradient, table, k, native_impl, **options)
+        result = project_topk_tests.check_exactly(gradient, table, k, impl, **options)
     else:
         slack = chain_slack(gradient, table)
-        result = project_topk_tests.check(gradient, table, k, native_impl, **options, slack=slack)
-    again = shared_by(threads, lambda: project_topk(gradient, table, k, impl=native_impl, **options))
+        result = project_topk_tests.check(gradient, table, k, impl, **options, slack=slack)
+    again = shared_by(threads, lambda: project_topk(gradient, table, k, impl=impl, **options))
+    assert_bitwise_equal(again, result)
+
+
+@given(data=st.data(), arguments=projections(), threads=strategies.thread_counts)
+def test_project_topk(native_impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
+    check_project_topk(native_impl, data, arguments, threads)
+
+
+@settings(max_examples=INTERPRETED_EXAMPLES)
+@given(data=st.data(), arguments=projections(interpreted=True))
+def test_project_topk_in_triton(triton_impl: str, data: st.DataObject, arguments: Any) -> None:
+    check_project_topk(triton_impl, data, arguments, threads=1)
+
+
+def check_lm_head_entropy_topk(impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
+    hidden, weight, k, options, exact = arguments
+    options = {**options, "softcap": data.draw(st.sampled_from((None, None, 0.5, 30.0)))}
+    if exact and options["softcap"] is None:
+        result = lm_head_tests.check_exactly(hidden, weight, k, impl, **options)
+    else:
+        options["temperature"] = data.draw(st.sampled_from((1.0, 0.7, 100.0)))
+        slack = chain_slack(hidden, weight)
+        result = lm_head_tests.check(hidden, weight, k, impl, **options, slack=slack)
+    again = shared_by(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=impl, **options))
     assert_bitwise_equal(again, result)
 
 
 @given(data=st.data(), arguments=projections(), threads=strategies.thread_counts)
 def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
-    hidden, weight, k, options, exact = arguments
-    options = {**options, "softcap": data.draw(st.sampled_from((None, None, 0.5, 30.0)))}
-    if exact and options["softcap"] is None:
-        result = lm_head_tests.check_exactly(hidden, weight, k, native_impl, **options)
-    else:
-        options["temperature"] = data.draw(st.sampled_from((1.0, 0.7, 100.0)))
-        slack = chain_slack(hidden, weight)
-        result = lm_head_tests.check(hidden, weight, k, native_impl, **options, slack=slack)
-    again = shared_by(threads, lambda: lm_head_entropy_topk(hidden, weight, k, impl=native_impl, **options))
-    assert_bitwise_equal(again, result)
+    check_lm_head_entropy_topk(native_impl, data, arguments, threads)
+
+
+@settings(max_examples=INTERPRETED_EXAMPLES)
+@given(data=st.data(), arguments=projections(interpreted=True))
+def test_lm_head_entropy_topk_in_triton(triton_impl: str, data: st.DataObject, arguments: Any) -> None:
+    check_lm_head_entropy_topk(triton_impl, data, arguments, threads=1)
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
@@ -178,21 +209,31 @@ def test_entropy_topk_gradients(kernel_impl: str, data: st.DataObject, threads: 
     assert_bitwise_equal(shared, alone)
 
 
-@given(data=st.data(), threads=strategies.thread_counts)
-def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> None:
+def check_merge_partials(impl: str, data: st.DataObject, threads: int) -> None:
     k = data.draw(st.sampled_from((1, 2, 5, 25, 256)))
     lengths = data.draw(st.lists(st.integers(k, k + 200), min_size=1, max_size=6))
     *cuts, vocab = accumulate(lengths)
     temperature = data.draw(st.sampled_from((1.0, 0.05, 100.0)))
     logits = data.draw(strategies.tensors((data.draw(st.integers(0, 3)), vocab), largest=1e36))
     for row in range(len(logits)):
-        merge_tests.check(logits[row : row + 1], cuts, k, native_impl, temperature)
+        merge_tests.check(logits[row : row + 1], cuts, k, impl, temperature)
     partials = merge_tests.partials(logits, cuts, k, temperature)
-    result = merge_partials(*partials, impl=native_impl)
+    result = merge_partials(*partials, impl=impl)
     order = data.draw(st.permutations(range(len(lengths))))
     reordered = [x[order] for x in partials]
-    again = shared_by(threads, lambda: merge_partials(*reordered, impl=native_impl))
+    again = shared_by(threads, lambda: merge_partials(*reordered, impl=impl))
     assert_bitwise_equal(again, result)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_merge_partials(native_impl: str, data: st.DataObject, threads: int) -> None:
+    check_merge_partials(native_impl, data, threads)
+
+
+@settings(max_examples=INTERPRETED_EXAMPLES)
+@given(data=st.data())
+def test_merge_partials_in_triton(triton_impl: str, data: st.DataObject) -> None:
+    check_merge_partials(triton_impl, data, threads=1)
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
