@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ggro_kernels.checks import check_indices
 from ggro_kernels.native import with_unit_column_stride
+from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.tuning import tuned
 
 
@@ -42,10 +43,12 @@ def _candidate_scores_kernel(
     for first in range(0, width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = o_d < width
-        b_table = tl.load(
-            p_table + b_id[:, None] * table_stride + o_d[None, :], mask=m_table[:, None] & m_d[None, :], other=0.0
-        ).to(tl.float32)  # [BLOCK_K, BLOCK_D]
-        b_gradient = tl.load(p_gradient + position * gradient_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_table = widened(
+            tl.load(
+                p_table + b_id[:, None] * table_stride + o_d[None, :], mask=m_table[:, None] & m_d[None, :], other=0.0
+            )
+        )  # [BLOCK_K, BLOCK_D]
+        b_gradient = widened(tl.load(p_gradient + position * gradient_stride + o_d, mask=m_d, other=0.0))
         b_sum += b_table * b_gradient[None, :]
     b_score = tl.sum(b_sum, axis=1)
     # An id outside the table cannot raise here.

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.selection import order_keys
 from ggro_kernels.triton_parts.tuning import tuned
 
@@ -47,7 +48,7 @@ def _load_candidates(p_values, p_indices, p_offsets, o_candidate, row, rows, can
     o_shard = o_candidate // k
     o_place = (o_shard.to(tl.int64) * rows + row) * k + o_candidate % k
     b_raw = tl.load(p_values + o_place, mask=m_candidate, other=0.0)
-    b_keys = tl.where(m_candidate, order_keys(b_raw.to(tl.float32), 0), 0)
+    b_keys = tl.where(m_candidate, order_keys(widened(b_raw), 0), 0)
     b_offsets = tl.load(p_offsets + o_shard, mask=m_candidate, other=0)
     return b_raw, b_keys, tl.load(p_indices + o_place, mask=m_candidate, other=0) + b_offsets
 

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ggro_kernels.checks import check_unit_interval
 from ggro_kernels.native import with_unit_column_stride
+from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.tuning import tuned
 
 
@@ -46,14 +47,14 @@ def _score_select_kernel(
     for block in range((candidates + BLOCK_K - 1) // BLOCK_K):
         o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = o_k < candidates
-        b_logit = tl.load(p_logits + row * candidates + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_logit = widened(tl.load(p_logits + row * candidates + o_k, mask=m_k, other=0.0))
         p_block = p_hidden + row * hidden_row_stride + o_k.to(tl.int64)[:, None] * hidden_candidate_stride
         b_sum = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
         for first in tl.range(0, width, BLOCK_D, num_stages=STAGES):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < width
-            b_hidden = tl.load(p_block + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-            b_head = tl.load(p_head + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_hidden = widened(tl.load(p_block + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0))
+            b_head = widened(tl.load(p_head + o_d, mask=m_d, other=0.0))
             b_sum += b_hidden * b_head[None, :]
         b_reward = tl.sum(b_sum, axis=1)  # [BLOCK_K]
         # Padding stays out of reach whatever its reward, which may be NaN.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ggro_kernels.native import with_unit_column_stride
+from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.softcap import softcapped
 from ggro_kernels.triton_parts.tuning import tuned
 from ggro_kernels.triton_parts.vocabulary import TILE, Reduced, empty_reduced, reduce_tiles, select
@@ -61,7 +62,7 @@ def _scores(
         b_a = tl.load(p_a, mask=m_vector[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
         b_b = tl.load(p_b, mask=m_d[:, None] & m_column[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
         if UPCAST:
-            b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+            b_a, b_b = widened(b_a), widened(b_b)
         # Tensor cores truncate as they add: only BLOCK_D products in a chain, the rest in rounded additions. An fma,
         # since the compiler would make a product that is added into one that starts from the sum.
         b_scores = tl.fma(tl.dot(b_a, b_b, input_precision="ieee"), 1.0, b_scores)
@@ -69,7 +70,7 @@ def _scores(
         p_b += BLOCK_D * table_column_stride
 
     if p_bias is not None:
-        b_bias = tl.load(p_bias + o_token * bias_stride, mask=m_column, other=0.0).to(tl.float32)
+        b_bias = widened(tl.load(p_bias + o_token * bias_stride, mask=m_column, other=0.0))
         b_scores += b_bias[None, :]
     if SOFTCAP:
         b_scores = softcapped(b_scores, softcap)
@@ -87,8 +88,14 @@ _scores_by_tensor_cores = tuned(
     key=("width", "table_column_stride"),
 )(_scores)
 
+# Rows of such a width are loaded element by element, which takes registers.
+_scores_of_odd_width = tuned(
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
+    key=("width", "table_column_stride"),
+)(_scores)
+
 _scores_in_fp32 = tuned(
-    triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 16}, num_warps=4, num_stages=4),
+    triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 16}, num_warps=8, num_stages=4),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=4, num_stages=3),
     key=("width", "table_column_stride"),
@@ -123,7 +130,8 @@ def project(
     (rows, width), vocab, k = vectors.shape, table.shape[0], values.shape[1]
     device = vectors.device
     halves = vectors.dtype == table.dtype != torch.float32
-    score = _scores_by_tensor_cores if halves else _scores_in_fp32
+    by_tensor_cores = _scores_by_tensor_cores if width % 8 == 0 else _scores_of_odd_width
+    score = by_tensor_cores if halves else _scores_in_fp32
     slab = _slab_of(rows, vocab)
     firsts = range(0, vocab, slab)
     scores = torch.empty(rows, slab, device=device)

@@ -60,7 +60,7 @@ class _Absent:
 
 
 def compile_case(case: Case, architecture: int) -> list[Cubin]:
-    """The kernels of `case` for sm_`architecture`, in the order of their launches."""
+    """The different kernels of `case` for sm_`architecture`, in the order of their first launches."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -77,7 +77,7 @@ def compile_case(case: Case, architecture: int) -> list[Cubin]:
     finally:
         JITFunction.run = run
         dispatch._obstacle = obstacle
-    return [_inspect(case.name, architecture, kernel) for kernel in compiled]
+    return [_inspect(case.name, architecture, kernel) for kernel in dict.fromkeys(compiled)]
 
 
 def _inspect(case: str, architecture: int, kernel: Any) -> Cubin:
