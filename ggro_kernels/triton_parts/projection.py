@@ -81,22 +81,17 @@ def _scores(
     tl.store(p_out, b_scores, mask=m_vector[:, None] & m_column[None, :])
 
 
+# For any number of vectors, however few: 64 is the least that the matrix instructions of sm_90 take.
 _scores_by_tensor_cores = tuned(
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_D": 64}, num_warps=8, num_stages=3),
     key=("width", "table_column_stride"),
 )(_scores)
 
-# Rows of such a width are loaded element by element, which takes registers.
-_scores_of_odd_width = tuned(
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
-    key=("width", "table_column_stride"),
-)(_scores)
-
 _scores_in_fp32 = tuned(
-    triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 16}, num_warps=8, num_stages=4),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_D": 16}, num_warps=4, num_stages=4),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=4, num_stages=3),
     key=("width", "table_column_stride"),
 )(_scores)
@@ -130,8 +125,7 @@ def project(
     (rows, width), vocab, k = vectors.shape, table.shape[0], values.shape[1]
     device = vectors.device
     halves = vectors.dtype == table.dtype != torch.float32
-    by_tensor_cores = _scores_by_tensor_cores if width % 8 == 0 else _scores_of_odd_width
-    score = by_tensor_cores if halves else _scores_in_fp32
+    score = _scores_by_tensor_cores if halves else _scores_in_fp32
     slab = _slab_of(rows, vocab)
     firsts = range(0, vocab, slab)
     scores = torch.empty(rows, slab, device=device)
