@@ -1,7 +1,4 @@
-"""Exact selection of the k largest in Triton: value descending, then index ascending; -0.0 equals +0.0, NaN is largest.
-
-A candidate is an int64: the bits of its fp32 value in the upper half, its index in the lower; -1 is none.
-"""
+"""Exact selection of the k largest: value descending, index ascending; -0.0 equals +0.0, NaN is the largest."""
 
 import torch
 import triton
@@ -26,7 +23,7 @@ def order_keys(b_x, SHIFT: tl.constexpr):
 def kth_largest(b_keys, k, BITS: tl.constexpr):
     """The k-th largest of keys [N] of BITS bits, k <= N < 65536; the time depends on neither k nor the keys."""
     # Two bits a step: one sum counts the keys that reach each of three thresholds.
-    found = tl.zeros((), tl.uint32)
+    found = tl.full((), 0, tl.uint32)
     for step in tl.static_range(BITS // 2):
         unit = 1 << (BITS - 2 - 2 * step)
         b_reached = (
@@ -62,41 +59,22 @@ def top_k_places(b_keys, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def candidates_of(b_x, o_indices):
-    """Candidates of fp32 values and indices."""
-    return (b_x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_indices.to(tl.int64)
+def candidates_of(b_keys, o_indices):
+    """int64 that descend, read as unsigned, in the exact order: keys descend, indices ascend."""
+    return (b_keys.to(tl.int64) << 32) | (4294967295 - o_indices.to(tl.int64))
 
 
 @triton.jit
-def values_of(b_candidates):
-    """The fp32 values of candidates."""
-    return (b_candidates >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def indices_of(b_candidates):
-    """The indices of candidates, int64."""
-    return b_candidates & 4294967295
-
-
-@triton.jit
-def _order_of(b_candidates):
-    """uint64 that descend in the exact order: keys descend, indices ascend."""
-    b_keys = tl.where(b_candidates == -1, 0, order_keys(values_of(b_candidates), 0)).to(tl.uint64)
-    return (b_keys << 32) | (4294967295 - indices_of(b_candidates)).to(tl.uint64)
-
-
-@triton.jit
-def ranks(p_candidates, k, BLOCK_K: tl.constexpr):
-    """Candidates [BLOCK_K] loaded from memory, and the place of each of the first k in the exact order."""
+def ranked(p_candidates, k, BLOCK_K: tl.constexpr):
+    """The indices [BLOCK_K] of candidates in memory, and the place of each of the first k in the exact order."""
     CHUNK: tl.constexpr = 32
     o_k = tl.arange(0, BLOCK_K)
-    b_candidates = tl.load(p_candidates + o_k, mask=o_k < k, other=-1)
-    b_order = _order_of(b_candidates)
-    b_ranks = tl.zeros([BLOCK_K], tl.int32)
+    b_candidates = tl.load(p_candidates + o_k, mask=o_k < k, other=0)
+    b_order = b_candidates.to(tl.uint64, bitcast=True)
+    b_ranks = tl.full([BLOCK_K], 0, tl.int32)
     for first in tl.static_range(0, BLOCK_K, CHUNK):
         o_chunk = first + tl.arange(0, CHUNK)
-        b_chunk = tl.load(p_candidates + o_chunk, mask=o_chunk < k, other=-1)
-        m_before = _order_of(b_chunk)[None, :] > b_order[:, None]  # [BLOCK_K, CHUNK]
+        b_chunk = tl.load(p_candidates + o_chunk, mask=o_chunk < k, other=0).to(tl.uint64, bitcast=True)
+        m_before = b_chunk[None, :] > b_order[:, None]  # [BLOCK_K, CHUNK]
         b_ranks += tl.sum(m_before.to(tl.int32), 1)
-    return b_candidates, b_ranks
+    return 4294967295 - (b_candidates & 4294967295), b_ranks

@@ -15,9 +15,8 @@ from ggro_kernels.triton_parts.conversion import widened
 from ggro_kernels.triton_parts.selection import (
     KEY_SHIFTS,
     candidates_of,
-    indices_of,
     order_keys,
-    ranks,
+    ranked,
     top_k_places,
 )
 from ggro_kernels.triton_parts.softmax_sums import statistics, sums_of
@@ -177,13 +176,13 @@ def _select(
         o_column = tl.load(p_groups + o_element // GROUP, mask=m_element, other=0) * GROUP + o_element % GROUP
         m_column = m_element & (o_column < columns)
     b_x = widened(tl.load(p_logits + o_column, mask=m_column, other=0.0))
-    m_taken, b_places = top_k_places(tl.where(m_column, order_keys(b_x, SHIFT), 0), k, 32 - SHIFT)
-    tl.store(p_candidates + b_places, candidates_of(b_x, o_column), mask=m_taken)
+    b_keys = tl.where(m_column, order_keys(b_x, SHIFT), 0)
+    m_taken, b_places = top_k_places(b_keys, k, 32 - SHIFT)
+    tl.store(p_candidates + b_places, candidates_of(b_keys, o_column), mask=m_taken)
     tl.debug_barrier()
 
-    b_candidates, b_ranks = ranks(p_candidates, k, BLOCK_K)
+    b_indices, b_ranks = ranked(p_candidates, k, BLOCK_K)
     m_k = tl.arange(0, BLOCK_K) < k
-    b_indices = indices_of(b_candidates)
     b_column_indices = b_indices + first_column
     if p_column_indices is not None:
         b_column_indices = tl.load(p_column_indices + row * row_stride + b_indices, mask=m_k, other=0)

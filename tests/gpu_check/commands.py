@@ -26,6 +26,8 @@ def run(command: Sequence[str], log: Path, seconds: float, *, cwd: Path, environ
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A job that a shell runs in the background ignores interrupts, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout is not None
         reader = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
