@@ -26,15 +26,15 @@ def _tuned(kernel: Any, *configurations: triton.Config) -> Any:
 # Those that spill no register. Widths that are no powers of two mask every load; wide heads have many accumulators.
 _ATTEND_HALF = _tuned(
     attend_kernel,
-    _attend_configuration(64, 32, warps=4, stages=4),
+    _attend_configuration(64, 32, warps=4, stages=3),
     _attend_configuration(64, 64, warps=8, stages=3),
     _attend_configuration(128, 64, warps=8, stages=3),
 )
 _ATTEND_PADDED_HALF = _tuned(attend_kernel, _attend_configuration(64, 32, warps=8, stages=4))
 _ATTEND_WIDE_HALF = _tuned(attend_kernel, _attend_configuration(64, 16, warps=8, stages=2))
 _ATTEND_PIECES_HALF = _tuned(attend_kernel, _attend_configuration(32, 32, warps=4, stages=2))
-_ATTEND_FP32 = _tuned(attend_kernel, _attend_configuration(16, 32, warps=4, stages=2))
-_ATTEND_PIECES_FP32 = _tuned(attend_kernel, _attend_configuration(16, 32, warps=8, stages=2))
+_ATTEND_FP32 = _tuned(attend_kernel, _attend_configuration(16, 32, warps=8, stages=2))
+_ATTEND_PADDED_FP32 = _tuned(attend_kernel, _attend_configuration(16, 32, warps=4, stages=2))
 _MERGE = _tuned(merge_kernel, triton.Config({"BLOCK_R": 8}, num_warps=8), triton.Config({"BLOCK_R": 4}, num_warps=4))
 _MERGE_WIDE = _tuned(merge_kernel, triton.Config({"BLOCK_R": 4}, num_warps=8))
 
@@ -47,12 +47,12 @@ def _blocks(key_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, 
     if widest > (128 if fp32 else 256):
         # The scores are computed piece by piece, and again for every block of values.
         pieces = min(block_d, 32 if fp32 else 64), min(block_v, 128)
-        return *pieces, _ATTEND_PIECES_FP32 if fp32 else _ATTEND_PIECES_HALF
+        return *pieces, _ATTEND_FP32 if fp32 else _ATTEND_PIECES_HALF
+    padded = (block_d, block_v) != (key_width, value_width)
     if fp32:
-        return block_d, block_v, _ATTEND_FP32
+        return block_d, block_v, _ATTEND_PADDED_FP32 if padded else _ATTEND_FP32
     if widest > 128:
         return block_d, block_v, _ATTEND_WIDE_HALF
-    padded = (block_d, block_v) != (key_width, value_width)
     return block_d, block_v, _ATTEND_PADDED_HALF if padded else _ATTEND_HALF
 
 

@@ -95,7 +95,6 @@ def _prefix_attention_cases() -> list[Case]:
         )
         for heads, widths, tokens, every_option in (
             ((32, 8), (128, 128), 1, False),
-            ((32, 8), (128, 128), 30, False),
             ((32, 8), (128, 128), 30, True),
             ((4, 4), (64, 64), 30, False),
             ((28, 4), (24, 80), 30, True),
