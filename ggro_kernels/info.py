@@ -50,9 +50,7 @@ def capabilities() -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "threads": torch.get_num_threads(),
-        "environment": {
-            name: os.environ.get(name) for name in ("GGRO_IMPL", "GGRO_CPU_ISA", "GGRO_AUTOTUNE", "TRITON_INTERPRET")
-        },
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "ops": {f"{NAMESPACE}::{op}": dict(automatic if takes_impl(op) else eager) for op in registered_ops()},
     }
 

@@ -28,8 +28,10 @@ def entropy_topk(
 
 
 @triton.jit
-def _softmax_gradient(b_x, entropy, logsumexp, entropy_gradient, logsumexp_gradient, temperature):
-    """fp32 gradient of logits b_x by entropy and logsumexp of their row; 0 where the probability is 0."""
+def _softmax_gradient(b_x, row, p_entropy, p_logsumexp, p_entropy_gradient, p_logsumexp_gradient, temperature):
+    """fp32 gradient of logits b_x of a row by its entropy and logsumexp; 0 where the probability is 0."""
+    entropy, logsumexp = tl.load(p_entropy + row), tl.load(p_logsumexp + row)
+    entropy_gradient, logsumexp_gradient = tl.load(p_entropy_gradient + row), tl.load(p_logsumexp_gradient + row)
     b_log_p = tl.div_rn(b_x, temperature) - logsumexp
     # A statistic of NaN matters only where its gradient is used.
     b_entropy_terms = tl.where(entropy_gradient == 0.0, 0.0, entropy_gradient * (b_log_p + entropy))
@@ -57,9 +59,9 @@ def _backward(
     o_column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     m_column = o_column < vocab
     b_x = widened(tl.load(p_logits + row * row_stride + o_column, mask=m_column, other=0.0))
-    entropy, logsumexp = tl.load(p_entropy + row), tl.load(p_logsumexp + row)
-    gradients = tl.load(p_entropy_gradient + row), tl.load(p_logsumexp_gradient + row)
-    b_gradient = _softmax_gradient(b_x, entropy, logsumexp, gradients[0], gradients[1], temperature)
+    b_gradient = _softmax_gradient(
+        b_x, row, p_entropy, p_logsumexp, p_entropy_gradient, p_logsumexp_gradient, temperature
+    )
     tl.store(p_gradient + row * vocab + o_column, rounded(b_gradient, p_gradient.dtype.element_ty), mask=m_column)
 
 
@@ -84,10 +86,10 @@ def _backward_of_values(
     m_k = o_k < k
     b_indices = tl.load(p_indices + row * k + o_k, mask=m_k, other=0)
     b_x = widened(tl.load(p_logits + row * row_stride + b_indices, mask=m_k, other=0.0))
-    entropy, logsumexp = tl.load(p_entropy + row), tl.load(p_logsumexp + row)
-    gradients = tl.load(p_entropy_gradient + row), tl.load(p_logsumexp_gradient + row)
     # Computed once more, since what lies in memory has been rounded.
-    b_gradient = _softmax_gradient(b_x, entropy, logsumexp, gradients[0], gradients[1], temperature)
+    b_gradient = _softmax_gradient(
+        b_x, row, p_entropy, p_logsumexp, p_entropy_gradient, p_logsumexp_gradient, temperature
+    )
     b_gradient += widened(tl.load(p_values_gradient + row * k + o_k, mask=m_k, other=0.0))
     tl.store(p_gradient + row * vocab + b_indices, rounded(b_gradient, p_gradient.dtype.element_ty), mask=m_k)
 

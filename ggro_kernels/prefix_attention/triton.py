@@ -9,7 +9,8 @@ import triton.language as tl
 
 from ggro_kernels.checks import check_indices
 from ggro_kernels.native import with_unit_column_stride
-from ggro_kernels.prefix_attention.triton_kernels import SHORT_BRANCH, attend_kernel, merge_kernel
+from ggro_kernels.prefix_attention.triton_kernels import SHORT_BRANCH, attend_kernel, merge_kernel, split_count
+from ggro_kernels.triton_parts.conversion import INTERPRETED
 from ggro_kernels.triton_parts.tuning import tuned
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -90,7 +91,7 @@ def prefix_attention(
         prefix_lengths = prefix_lengths.contiguous()
 
     group = query_heads // key_heads
-    splits = min((prefix_tokens - 1) // 256, (prefix_tokens - 1) // 1024 + 12) + 1
+    splits = split_count(prefix_tokens)
     branches = tokens > SHORT_BRANCH.value
     partials = torch.empty(
         batch * key_heads, 1 + splits, tokens * group, value_width, dtype=torch.float32, device=query.device
@@ -125,7 +126,7 @@ def prefix_attention(
             *factors,
             **constants,
             BRANCHES=branches,
-            OPERAND=tl.float32 if triton.knobs.runtime.interpret else DTYPES[query.dtype],
+            OPERAND=tl.float32 if INTERPRETED.value else DTYPES[query.dtype],
         )
     rows = batch * tokens * query_heads
     merge = _MERGE if max(key_width, value_width) <= 128 else _MERGE_WIDE

@@ -18,10 +18,26 @@ EXACT_COLUMNS = tl.constexpr(16)
 NO_SEGMENT = tl.constexpr(2**31 - 1)
 
 
+# Splits of 256 tokens give a short prefix enough programs; of 1024, from token 4096 on, they keep partial results few.
+SHORT_SPLIT = tl.constexpr(256)
+LONG_SPLIT = tl.constexpr(1024)
+SHORT_SPLITS_MORE = tl.constexpr(12)
+
+
 @triton.jit
 def _split_of(token):
-    # 256 tokens each give a short prefix enough programs; 1024 each from token 4096 on keep the partial results few.
-    return tl.minimum(token // 256, token // 1024 + 12)
+    return tl.minimum(token // SHORT_SPLIT, token // LONG_SPLIT + SHORT_SPLITS_MORE)
+
+
+@triton.jit
+def _split_start(split):
+    return tl.maximum(split * SHORT_SPLIT, (split - SHORT_SPLITS_MORE) * LONG_SPLIT)
+
+
+def split_count(prefix_tokens: int) -> int:
+    """Into how many splits a prefix is cut."""
+    last = prefix_tokens - 1
+    return min(last // SHORT_SPLIT.value, last // LONG_SPLIT.value + SHORT_SPLITS_MORE.value) + 1
 
 
 @triton.jit
@@ -194,9 +210,8 @@ def attend_kernel(
     p_key = p_prefix_key + batch * prefix_key_batch + head * prefix_key_head
     p_value = p_prefix_value + batch * prefix_value_batch + head * prefix_value_head
     key_stride, value_stride = prefix_key_token, prefix_value_token
-    # Of split slot - 1: the inverse of _split_of.
-    b_first = tl.maximum(b_unseen, tl.maximum((slot - 1) * 256, (slot - 13) * 1024))
-    b_end = tl.minimum(length, tl.maximum(slot * 256, (slot - 12) * 1024)) + tl.full([BLOCK_M], 0, tl.int32)
+    b_first = tl.maximum(b_unseen, _split_start(slot - 1))
+    b_end = tl.minimum(length, _split_start(slot)) + tl.full([BLOCK_M], 0, tl.int32)
     b_segment = tl.where(m_row & (b_first < b_end), 0, NO_SEGMENT)
     if BRANCHES:  # noqa: SIM102 - known when the kernel is compiled
         if slot == 0:

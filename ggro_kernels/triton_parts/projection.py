@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ggro_kernels.native import with_unit_column_stride
-from ggro_kernels.triton_parts.conversion import widened
+from ggro_kernels.triton_parts.conversion import INTERPRETED, widened
 from ggro_kernels.triton_parts.softcap import softcapped
 from ggro_kernels.triton_parts.tuning import tuned
 from ggro_kernels.triton_parts.vocabulary import TILE, Reduced, empty_reduced, reduce_tiles, select
@@ -160,7 +160,7 @@ def project(
             first,
             softcap,
             SOFTCAP=softcap is not None,
-            UPCAST=not halves or triton.knobs.runtime.interpret,
+            UPCAST=not halves or INTERPRETED.value,
         )
         slab_scores = scores[:, :columns]
         reduce_tiles(slab_scores, k, reduced, temperature, first_tile=first // TILE)
