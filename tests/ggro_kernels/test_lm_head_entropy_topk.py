@@ -14,6 +14,7 @@ from ggro_kernels.testing import (
     bitwise,
 )
 from tests.ggro_kernels.implementations import on_threads, thread_counts
+from tests.ggro_kernels.op_calls import assert_bitwise_equal
 from tests.ggro_kernels.placed import entropy_topk, lm_head_entropy_topk
 from tests.ggro_kernels.projections import (
     DTYPES,
@@ -30,6 +31,7 @@ from tests.ggro_kernels.projections import (
     small_shapes,
     strided_views,
 )
+from tests.ggro_kernels.test_entropy_topk import torch_statistics
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -43,11 +45,6 @@ def all_logits(
 ) -> torch.Tensor:
     logits = linear(hidden, weight, bias, dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def torch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entropy and logsumexp by torch's own functions."""
-    return torch.special.entr(x.softmax(1)).sum(1), x.logsumexp(1)
 
 
 def entropy_sensitivity(x: torch.Tensor) -> float:
@@ -339,9 +336,7 @@ def test_result_is_bitwise_the_same_for_any_batch_and_thread_count(
         with on_threads(threads):
             for first, last in parts:
                 part = lm_head_entropy_topk(hidden[first:last], weight, 25, **options)
-                assert torch.equal(part.indices, whole.indices[first:last])
-                for actual, expected in zip(part[:3], whole[:3], strict=True):
-                    assert torch.equal(bitwise(actual), bitwise(expected[first:last]))
+                assert_bitwise_equal(part, [x[first:last] for x in whole])
 
 
 def test_slabs_change_no_bit(triton_impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,10 +345,7 @@ def test_slabs_change_no_bit(triton_impl: str, monkeypatch: pytest.MonkeyPatch) 
     whole = check(hidden, weight, 25, triton_impl, **options)
     # As with many thousands of rows; the last slab has fewer columns than are selected.
     monkeypatch.setattr("ggro_kernels.triton_parts.projection.SCORES", 1)
-    slabs = check(hidden, weight, 25, triton_impl, **options)
-    assert torch.equal(slabs.indices, whole.indices)
-    for actual, expected in zip(slabs[:3], whole[:3], strict=True):
-        assert torch.equal(bitwise(actual), bitwise(expected))
+    assert_bitwise_equal(check(hidden, weight, 25, triton_impl, **options), whole)
 
 
 def test_special_rows_shared_between_threads(native_impl: str) -> None:
