@@ -1,79 +1,9 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
-#include <tuple>
-#include <utility>
-
+#include "binding.h"
+#include "bindings_cuda.h"
 #include "ggro/isa.h"
-#include "ggro/ops.h"
 
 namespace py = pybind11;
-
-namespace {
-
-// How a field of an argument struct comes from Python: addresses and dtype codes as integers, numbers as they are.
-template <typename Field>
-struct Wire {
-  using Type = Field;
-  static Field read(Type value) { return value; }
-};
-
-template <typename Pointee>
-struct Wire<Pointee*> {
-  using Type = uintptr_t;
-  static Pointee* read(Type value) { return reinterpret_cast<Pointee*>(value); }
-};
-
-template <>
-struct Wire<ggro::DType> {
-  using Type = int;
-  static ggro::DType read(Type value) { return static_cast<ggro::DType>(value); }
-};
-
-template <>
-struct Wire<ggro::HeadsView> {
-  using Type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  static ggro::HeadsView read(const Type& value) {
-    const auto [address, batch_stride, head_stride, token_stride] = value;
-    return {reinterpret_cast<const void*>(address), batch_stride, head_stride, token_stride};
-  }
-};
-
-// Stands for a field of any type where fields are counted.
-struct AnyField {
-  template <typename T>
-  operator T() const;
-};
-
-template <typename>
-using ForEach = AnyField;
-
-template <typename Args, typename... Fields>
-constexpr auto has_room_for(int) -> decltype(Args{std::declval<Fields>()...}, true) {
-  return true;
-}
-template <typename Args, typename... Fields>
-constexpr bool has_room_for(long) {
-  return false;
-}
-
-// Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
-template <typename Args, typename... Fields>
-void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Args::*... fields) {
-  static_assert(has_room_for<Args, ForEach<Fields>...>(0) && !has_room_for<Args, ForEach<Fields>..., AnyField>(0),
-                "name every field of the argument struct once");
-  m.def(
-      name,
-      [=](typename Wire<Fields>::Type... values) {
-        Args args = {};
-        ((args.*fields = Wire<Fields>::read(values)), ...);
-        op(args);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-}  // namespace
+using ggro::binding::define;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of ggro_kernels; called through ggro_kernels only.";
@@ -89,6 +19,10 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("available_isas", &ggro::available_isas);
   m.def("selected_isa", &ggro::selected_isa);
+#ifdef GGRO_CUDA_KERNELS
+  py::module_ cuda = m.def_submodule("cuda");
+  ggro::binding::define_cuda(cuda);
+#endif
   {
     using A = ggro::CandidateScoresArgs;
     define(m, "candidate_scores", ggro::candidate_scores, &A::gradient, &A::gradient_dtype, &A::gradient_stride,

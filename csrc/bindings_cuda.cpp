@@ -1,0 +1,35 @@
+#include "bindings_cuda.h"
+
+#include "binding.h"
+
+namespace ggro::binding {
+
+void define_cuda(py::module_& m) {
+  m.doc() = "CUDA kernels of ggro_kernels; called through ggro_kernels only.";
+  {
+    using A = CandidateScoresArgs;
+    define(m, "candidate_scores", cuda::candidate_scores_workspace, cuda::candidate_scores, &A::gradient,
+           &A::gradient_dtype, &A::gradient_stride, &A::table, &A::table_dtype, &A::table_stride, &A::ids,
+           &A::positions, &A::candidates, &A::vocab, &A::width, &A::scores);
+  }
+  {
+    using A = EntropyTopKArgs;
+    define(m, "entropy_topk", cuda::entropy_topk_workspace, cuda::entropy_topk, &A::logits, &A::dtype, &A::rows,
+           &A::vocab, &A::row_stride, &A::k, &A::temperature, &A::entropy, &A::logsumexp, &A::values, &A::indices);
+  }
+  {
+    using A = ScoreSelectArgs;
+    define(m, "score_select", cuda::score_select_workspace, cuda::score_select, &A::hidden, &A::hidden_dtype,
+           &A::hidden_row_stride, &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype,
+           &A::uniforms, &A::rows, &A::candidates, &A::width, &A::weight, &A::temperature, &A::index, &A::reward,
+           &A::score);
+  }
+  {
+    using A = cuda::ScoresTopKArgs;
+    define(m, "scores_topk", cuda::scores_topk_workspace, cuda::scores_topk, &A::scores, &A::rows, &A::columns,
+           &A::row_stride, &A::k, &A::first_column, &A::column_indices, &A::vocab, &A::temperature, &A::sums,
+           &A::values, &A::indices, &A::output_stride, &A::entropy, &A::logsumexp);
+  }
+}
+
+}  // namespace ggro::binding
