@@ -5,10 +5,11 @@ BIN := .venv/bin
 BUILD_PYTHON ?= $(CURDIR)/$(BIN)/python
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp csrc/errors.cpp $(wildcard csrc/cpu/*.cpp))
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu)
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+C_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-asan triton-cubins gpu-check check-aarch64 lint format bench readme-table clean
+.PHONY: help build demo test emulation test-asan triton-cubins gpu-check check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,8 +24,13 @@ build:  ## rebuild the extension in place after a change of csrc
 demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
 	$(BIN)/ggro demo
 
-test: .venv/installed  ## all tests
+test: .venv/installed emulation  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+emulation: .venv/installed  ## the CUDA kernels for the CPU, for the tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/emulation -B build/emulation -G Ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/emulation -- --quiet
 
 test-asan: .venv/installed  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/test-asan
@@ -47,12 +53,12 @@ lint: .venv/installed  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE_SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: .venv/installed  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE_SOURCES))
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 bench: .venv/installed  ## kernels and decoding against their baselines
 	$(BIN)/python -m benchmarks --memory

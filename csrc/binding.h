@@ -18,7 +18,6 @@ namespace ggro::binding {
 
 namespace py = pybind11;
 
-
 // How a field of an argument struct comes from Python: addresses and dtype codes as integers, numbers as they are.
 template <typename Field>
 struct Wire {

@@ -6,6 +6,7 @@ namespace ggro::binding {
 
 void define_cuda(py::module_& m) {
   m.doc() = "CUDA kernels of ggro_kernels; called through ggro_kernels only.";
+  m.def("obstacle", &cuda::obstacle);
   {
     using A = CandidateScoresArgs;
     define(m, "candidate_scores", cuda::candidate_scores_workspace, cuda::candidate_scores, &A::gradient,
@@ -16,6 +17,12 @@ void define_cuda(py::module_& m) {
     using A = EntropyTopKArgs;
     define(m, "entropy_topk", cuda::entropy_topk_workspace, cuda::entropy_topk, &A::logits, &A::dtype, &A::rows,
            &A::vocab, &A::row_stride, &A::k, &A::temperature, &A::entropy, &A::logsumexp, &A::values, &A::indices);
+  }
+  {
+    using A = EntropyTopKBackwardArgs;
+    define(m, "entropy_topk_backward", cuda::entropy_topk_backward_workspace, cuda::entropy_topk_backward,
+           &A::entropy_gradient, &A::logsumexp_gradient, &A::values_gradient, &A::logits, &A::dtype, &A::rows,
+           &A::vocab, &A::row_stride, &A::k, &A::entropy, &A::logsumexp, &A::indices, &A::temperature, &A::gradient);
   }
   {
     using A = ScoreSelectArgs;

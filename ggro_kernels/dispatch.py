@@ -1,5 +1,6 @@
 """Which implementation of an op runs: `impl=`, the environment variable GGRO_IMPL, the device and the dtype."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -9,8 +10,8 @@ import torch
 
 IMPLS = ("auto", "native", "triton", "reference")
 
-AUTOMATIC = {"cpu": "native", "cuda": "triton"}
-"""What 'auto' runs by the type of device, where it can run there; the eager reference everywhere else."""
+AUTOMATIC = {"cpu": ("native",), "cuda": ("native", "triton")}
+"""What 'auto' runs by the type of device, the first that can run there; the eager reference everywhere else."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What native and Triton kernels take."""
@@ -57,34 +58,51 @@ def native() -> ModuleType:
     return _native
 
 
-def resolve(impl: str, device: torch.device, *dtypes: torch.dtype) -> str:
+@functools.lru_cache
+def cuda_error(device: int | None = None) -> str | None:
+    """Why the extension's CUDA kernels cannot run on this GPU, the current one by default; None if they can."""
+    if native_error is not None:
+        return native_error
+    if not hasattr(native(), "cuda"):
+        return "the extension was built without its CUDA part: reinstall with nvcc on PATH (GGRO_CUDA=ON insists on it)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return native().cuda.obstacle(torch.cuda.current_device() if device is None else device) or None
+
+
+def resolve(impl: str, device: torch.device, *dtypes: torch.dtype, cuda: bool = False) -> str:
     """The implementation that runs: 'native', 'triton' or 'reference'.
 
     'auto' is what GGRO_IMPL names, else what `AUTOMATIC` has for the device if it can run, else the eager reference on
-    the tensors' own device. Anything named explicitly runs or raises RuntimeError.
+    the tensors' own device. Anything named explicitly runs or raises RuntimeError. `cuda`: whether the op has CUDA
+    kernels.
     """
     if impl == "auto":
         impl = os.environ.get("GGRO_IMPL") or "auto"
         if impl not in IMPLS:
             raise ValueError(f"GGRO_IMPL must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    chosen = AUTOMATIC.get(device.type, "reference") if impl == "auto" else impl
-    if chosen == "reference":
-        return chosen
-    obstacle = _obstacle(chosen, device, dtypes)
-    if obstacle is None:
-        return chosen
+    if impl == "reference":
+        return impl
     if impl == "auto":
+        for chosen in AUTOMATIC.get(device.type, ()):
+            if _obstacle(chosen, device, dtypes, cuda) is None:
+                return chosen
         return "reference"
-    raise RuntimeError(f"impl={impl!r} {obstacle}")
+    obstacle = _obstacle(impl, device, dtypes, cuda)
+    if obstacle is not None:
+        raise RuntimeError(f"impl={impl!r} {obstacle}")
+    return impl
 
 
-def _obstacle(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _obstacle(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], cuda: bool) -> str | None:
     """Why 'native' or 'triton' cannot run on tensors of these dtypes on this device; None if it can."""
-    error = native_error if impl == "native" else triton_error
+    error = triton_error if impl == "triton" else cuda_error(device.index) if device.type == "cuda" else native_error
     if error is not None:
         return f"is not available: {error}"
-    if impl == "native" and device.type != "cpu":
-        return f"has CPU kernels only, got a tensor on {device}: use 'auto'"
+    if impl == "native" and device.type == "cuda" and not cuda:
+        return f"has no kernel of this op for a GPU, got a tensor on {device}: use 'auto'"
+    if impl == "native" and device.type not in AUTOMATIC:
+        return f"runs on a CPU or an NVIDIA GPU, got a tensor on {device}: use 'auto'"
     if impl == "triton" and device.type != "cuda" and not (INTERPRETING and device.type == "cpu"):
         return f"runs on a GPU, got a tensor on {device}: use 'auto'"
     for dtype in dtypes:

@@ -10,7 +10,7 @@ import torch
 
 import ggro_kernels
 from ggro_kernels import dispatch
-from ggro_kernels.library import NAMESPACE, registered_ops, takes_impl
+from ggro_kernels.library import NAMESPACE, has_cuda_kernels, registered_ops, takes_impl
 
 ENVIRONMENT = ("GGRO_IMPL", "GGRO_CPU_ISA", "GGRO_AUTOTUNE", "TRITON_INTERPRET")
 """What changes which kernels run."""
@@ -20,7 +20,8 @@ def capabilities() -> dict[str, Any]:
     """Versions, the native extension's state, and the implementation that `impl="auto"` picks per op and device.
 
     JSON-serialisable. `native["error"]` says why the extension is missing (None when it is there);
-    `native["isa"]` is the instruction set in use, or None. `triton` has the same for the Triton kernels.
+    `native["isa"]` is the instruction set in use, or None. `cuda_kernels`, also of the extension, and `triton` have the
+    same.
     """
     native: dict[str, Any] = {"loaded": dispatch.native_error is None, "error": dispatch.native_error}
     if dispatch.native_error is None:
@@ -31,8 +32,8 @@ def capabilities() -> dict[str, Any]:
     else:
         native.update(openmp=None, isas=[], isa=None)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    automatic = {device: dispatch.resolve("auto", torch.device(device), torch.float32) for device in devices}
-    eager = dict.fromkeys(devices, "reference")
+    error = dispatch.cuda_error()
+    cuda_kernels = {"loaded": error is None, "error": error}
     error = dispatch.triton_error
     triton = {"loaded": error is None, "error": error, "interpreted": error is None and dispatch.INTERPRETING}
     triton["version"] = None if error else importlib.metadata.version("triton")
@@ -45,14 +46,25 @@ def capabilities() -> dict[str, Any]:
         },
         "native": native,
         "triton": triton,
+        "cuda_kernels": cuda_kernels,
         "cuda": {
             "available": torch.cuda.is_available(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-        "ops": {f"{NAMESPACE}::{op}": dict(automatic if takes_impl(op) else eager) for op in registered_ops()},
+        "ops": {
+            f"{NAMESPACE}::{op}": {device: _automatic(op, torch.device(device)) for device in devices}
+            for op in registered_ops()
+        },
     }
+
+
+def _automatic(op: str, device: torch.device) -> str:
+    """What `impl="auto"` runs."""
+    if not takes_impl(op):
+        return "reference"
+    return dispatch.resolve("auto", device, torch.float32, cuda=has_cuda_kernels(op))
 
 
 def main() -> None:

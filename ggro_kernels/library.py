@@ -12,6 +12,7 @@ NAMESPACE = "ggro_kernels"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _names: list[str] = []
+_with_cuda_kernels: set[str] = set()
 
 
 def register(
@@ -20,6 +21,7 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     native: Callable[..., Any] | None = None,
+    cuda: bool = False,
     triton: str | None = None,
     dtypes_of: tuple[str, ...] = (),
     save_for_backward: Callable[..., None] | None = None,
@@ -32,6 +34,7 @@ def register(
         reference: runs it in eager torch, without `impl`; never in an autograd graph.
         fake: gives the shapes, dtypes and strides of its outputs.
         native: runs it by the extension, without `impl`.
+        cuda: whether `native` takes tensors on a GPU too.
         triton: "module:function" that runs it by Triton, without `impl`; imported on the first call.
         dtypes_of: with kernels, the tensors whose device and dtypes decide what runs (`dispatch.resolve`).
         save_for_backward: `(ctx, inputs, output)`, with `backward`; without them the outputs are detached.
@@ -53,7 +56,9 @@ def register(
         names = [argument.name for argument in op._schema.arguments]
         deciding = [names.index(tensor) for tensor in dtypes_of]
         implementations = {"reference": run_reference, "native": native, "triton": triton and _launcher(triton)}
-        kernel = _chosen_by_impl(implementations, deciding)
+        kernel = _chosen_by_impl(implementations, deciding, cuda)
+        if cuda:
+            _with_cuda_kernels.add(name)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
@@ -63,13 +68,13 @@ def register(
     return _differentiable(op, save_for_backward, backward)
 
 
-def _chosen_by_impl(implementations: dict[str, Any], deciding: list[int]) -> Callable[..., Any]:
+def _chosen_by_impl(implementations: dict[str, Any], deciding: list[int], cuda: bool) -> Callable[..., Any]:
     """Runs what the last argument and the tensors at the places `deciding` choose."""
 
     def run(*arguments: Any) -> Any:
         *arguments_of_kernel, impl = arguments
         device = arguments[deciding[0]].device
-        chosen = resolve(impl, device, *[arguments[place].dtype for place in deciding])
+        chosen = resolve(impl, device, *[arguments[place].dtype for place in deciding], cuda=cuda)
         return implementations[chosen](*arguments_of_kernel)
 
     return run
@@ -122,6 +127,11 @@ def takes_impl(op: str) -> bool:
     """Whether `impl=` chooses what runs `op`; other ops are eager torch everywhere."""
     arguments = getattr(getattr(torch.ops, NAMESPACE), op).default._schema.arguments
     return any(argument.name == "impl" for argument in arguments)
+
+
+def has_cuda_kernels(op: str) -> bool:
+    """Whether `impl="native"` runs `op` on a GPU, where the extension has its CUDA part."""
+    return op in _with_cuda_kernels
 
 
 def registered_ops() -> tuple[str, ...]:

@@ -1,6 +1,10 @@
 """What every op's native.py needs to hand tensors to the extension."""
 
+from types import ModuleType
+
 import torch
+
+from ggro_kernels.dispatch import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`ggro::DType` of csrc/include/ggro/types.h."""
@@ -9,6 +13,34 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def with_unit_column_stride(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """The extension's functions for tensors on `device`, where that is a GPU."""
+    return native().cuda if device.type == "cuda" else None
+
+
+def run(op: str, device: torch.device, *fields: object) -> None:
+    """Call a function of the extension with the fields of its argument struct but `num_threads`.
+
+    On a CPU it gets torch's threads, on a GPU a workspace, the device and its current stream.
+    """
+    kernels = gpu_kernels(device)
+    if kernels is None:
+        getattr(native(), op)(*fields, torch.get_num_threads())
+        return
+    # Floats, so that tests see what is read before it is written.
+    floats = -(-getattr(kernels, f"{op}_workspace")(*fields) // 4)
+    workspace = torch.empty(floats, dtype=torch.float32, device=device)
+    getattr(kernels, op)(*fields, workspace.data_ptr(), *_stream(device))
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The device's number and the address of its current stream."""
+    if device.type != "cuda":
+        return 0, 0
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
 
 
 def address(x: torch.Tensor | None) -> int:

@@ -21,9 +21,19 @@ void entropy_topk(const EntropyTopKArgs& args, void* workspace, const Stream& st
     reduce<T>("entropy_topk: reduce",
               {logits, args.row_stride, args.vocab, args.rows, chunks, 0, args.temperature, reduced}, args.k, stream);
     select<T>("entropy_topk: select", args.rows,
-              {logits, args.row_stride, static_cast<int>(args.vocab), static_cast<int>(args.k),
-               {grouped ? reduced.maxima : nullptr, reduced.sums, chunks}, static_cast<int>(groups), 0, nullptr,
-               static_cast<T*>(args.values), args.indices, args.k, args.entropy, args.logsumexp},
+              {logits,
+               args.row_stride,
+               static_cast<int>(args.vocab),
+               static_cast<int>(args.k),
+               {grouped ? reduced.maxima : nullptr, reduced.sums, chunks},
+               static_cast<int>(groups),
+               0,
+               nullptr,
+               static_cast<T*>(args.values),
+               args.indices,
+               args.k,
+               args.entropy,
+               args.logsumexp},
               true, stream);
   });
 }
@@ -46,9 +56,18 @@ void scores_topk(const ScoresTopKArgs& args, void* workspace, const Stream& stre
                   args.k, stream);
   }
   select<float>("scores_topk: select", args.rows,
-                {args.scores, args.row_stride, static_cast<int>(args.columns), static_cast<int>(args.k),
-                 {grouped ? reduced.maxima : nullptr, reduced.sums, reduced.chunks}, static_cast<int>(groups),
-                 args.first_column, args.column_indices, args.values, args.indices, args.output_stride, args.entropy,
+                {args.scores,
+                 args.row_stride,
+                 static_cast<int>(args.columns),
+                 static_cast<int>(args.k),
+                 {grouped ? reduced.maxima : nullptr, reduced.sums, reduced.chunks},
+                 static_cast<int>(groups),
+                 args.first_column,
+                 args.column_indices,
+                 args.values,
+                 args.indices,
+                 args.output_stride,
+                 args.entropy,
                  args.logsumexp},
                 reduces, stream);
 }

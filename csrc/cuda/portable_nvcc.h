@@ -119,6 +119,11 @@ GGRO_DEVICE Vector<T, N> load_vector(const T* source) {
   return *reinterpret_cast<const Vector<T, N>*>(source);
 }
 
+template <typename T, int N>
+GGRO_DEVICE void store_vector(T* target, const Vector<T, N>& value) {
+  *reinterpret_cast<Vector<T, N>*>(target) = value;
+}
+
 // The larger; NaN if one of them is.
 GGRO_DEVICE float max_or_nan(float a, float b) {
   float larger;
@@ -180,6 +185,19 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+// What CUDA says against a launch of the kernel on a device; "" where it says nothing.
+template <typename Kernel>
+std::string why_not(int device) {
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, entry<Kernel>), "the CUDA kernels do not run here");
+    return "";
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+}
 
 inline bool launches_overlap(int device) {
   int major = 0;

@@ -59,6 +59,7 @@ candidate_scores_op = register(
     reference=reference.candidate_scores,
     fake=_fake,
     native=native.candidate_scores,
+    cuda=True,
     triton="ggro_kernels.candidate_scores.triton:candidate_scores",
     dtypes_of=("gradient", "table"),
     save_for_backward=_save_for_backward,

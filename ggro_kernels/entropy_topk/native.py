@@ -1,22 +1,23 @@
-"""`entropy_topk` and its gradient by csrc/cpu/entropy_topk.cpp and entropy_topk_backward.cpp."""
+"""`entropy_topk` and its gradient by csrc/*/entropy_topk and entropy_topk_backward."""
 
 import torch
 
-from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, run, with_unit_column_stride
 
 
 def entropy_topk(
     logits: torch.Tensor, k: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(entropy[R], logsumexp[R], values[R, k], indices[R, k])` of CPU logits [R, V]."""
+    """`(entropy[R], logsumexp[R], values[R, k], indices[R, k])` of logits [R, V]."""
     logits = with_unit_column_stride(logits)
     rows, vocab = logits.shape
-    entropy = torch.empty(rows, dtype=torch.float32)
-    logsumexp = torch.empty(rows, dtype=torch.float32)
-    values = torch.empty(rows, k, dtype=logits.dtype)
-    indices = torch.empty(rows, k, dtype=torch.int64)
-    native().entropy_topk(
+    entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    logsumexp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    values = torch.empty(rows, k, dtype=logits.dtype, device=logits.device)
+    indices = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
+    run(
+        "entropy_topk",
+        logits.device,
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
         rows,
@@ -28,7 +29,6 @@ def entropy_topk(
         logsumexp.data_ptr(),
         values.data_ptr(),
         indices.data_ptr(),
-        torch.get_num_threads(),
     )
     return entropy, logsumexp, values, indices
 
@@ -43,12 +43,14 @@ def entropy_topk_backward(
     indices: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Gradient [R, V] of CPU logits, in their dtype."""
+    """Gradient [R, V] of logits, in their dtype."""
     entropy_gradient, logsumexp_gradient = entropy_gradient.contiguous(), logsumexp_gradient.contiguous()
     values_gradient, logits = values_gradient.contiguous(), with_unit_column_stride(logits)
     rows, vocab = logits.shape
-    gradient = torch.empty(rows, vocab, dtype=logits.dtype)
-    native().entropy_topk_backward(
+    gradient = torch.empty(rows, vocab, dtype=logits.dtype, device=logits.device)
+    run(
+        "entropy_topk_backward",
+        logits.device,
         entropy_gradient.data_ptr(),
         logsumexp_gradient.data_ptr(),
         values_gradient.data_ptr(),
@@ -63,6 +65,5 @@ def entropy_topk_backward(
         indices.data_ptr(),
         temperature,
         gradient.data_ptr(),
-        torch.get_num_threads(),
     )
     return gradient

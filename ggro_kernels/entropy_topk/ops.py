@@ -42,6 +42,7 @@ entropy_topk_backward_op = register(
     reference=reference.entropy_topk_backward,
     fake=_fake_backward,
     native=native.entropy_topk_backward,
+    cuda=True,
     triton="ggro_kernels.entropy_topk.triton:entropy_topk_backward",
     dtypes_of=("logits",),
 )
@@ -64,6 +65,7 @@ entropy_topk_op = register(
     reference=reference.entropy_topk,
     fake=_fake,
     native=native.entropy_topk,
+    cuda=True,
     triton="ggro_kernels.entropy_topk.triton:entropy_topk",
     dtypes_of=("logits",),
     save_for_backward=_save_for_backward,

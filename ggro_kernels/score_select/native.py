@@ -1,9 +1,8 @@
-"""`score_select` by csrc/cpu/score_select.cpp."""
+"""`score_select` by csrc/cpu/score_select.cpp and csrc/cuda/score_select.cu."""
 
 import torch
 
-from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address, run, with_unit_column_stride
 
 
 def score_select(
@@ -14,14 +13,16 @@ def score_select(
     temperature: float,
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(index[B], reward[B, k], score[B, k])` of CPU tensors; greedy without uniforms."""
+    """`(index[B], reward[B, k], score[B, k])`; greedy without uniforms."""
     hidden, head, logits = with_unit_column_stride(hidden), head.contiguous(), logits.contiguous()
     uniforms = None if uniforms is None else uniforms.contiguous()
     rows, candidates, width = hidden.shape
-    index = torch.empty(rows, dtype=torch.int64)
-    reward = torch.empty(rows, candidates, dtype=torch.float32)
-    score = torch.empty(rows, candidates, dtype=torch.float32)
-    native().score_select(
+    index = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    reward = torch.empty(rows, candidates, dtype=torch.float32, device=hidden.device)
+    score = torch.empty(rows, candidates, dtype=torch.float32, device=hidden.device)
+    run(
+        "score_select",
+        hidden.device,
         hidden.data_ptr(),
         DTYPE_CODES[hidden.dtype],
         hidden.stride(0),
@@ -39,6 +40,5 @@ def score_select(
         index.data_ptr(),
         reward.data_ptr(),
         score.data_ptr(),
-        torch.get_num_threads(),
     )
     return index, reward, score

@@ -32,6 +32,7 @@ score_select_op = register(
     reference=reference.score_select,
     fake=_fake,
     native=native.score_select,
+    cuda=True,
     triton="ggro_kernels.score_select.triton:score_select",
     dtypes_of=("hidden", "head", "logits"),
 )

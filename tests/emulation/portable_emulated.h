@@ -1,6 +1,7 @@
 #pragma once
 
-// The layer of csrc/cuda/portable.h on a CPU, for tests: every thread of a block is a fiber, blocks run one after another.
+// The layer of csrc/cuda/portable.h on a CPU, for tests: every thread of a block is a fiber, blocks run one after
+// another.
 //
 // Reported as errors, with the kernel, the block and the thread: shared memory out of bounds, read before it was
 // written, or touched by two threads without a barrier between them; a barrier or an exchange that not all threads
@@ -157,6 +158,12 @@ Vector<T, N> load_vector(const T* source) {
   return value;
 }
 
+template <typename T, int N>
+void store_vector(T* target, const Vector<T, N>& value) {
+  emulation::check_alignment(target, sizeof(Vector<T, N>));
+  std::memcpy(target, &value, sizeof(value));
+}
+
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
 inline uint32_t shifted_word(uint32_t low, uint32_t high, int bytes) {
@@ -218,6 +225,11 @@ void Thread::multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], const u
     }
     c[i] = static_cast<float>(sum);
   }
+}
+
+template <typename Kernel>
+std::string why_not(int) {
+  return "";
 }
 
 template <typename Kernel>

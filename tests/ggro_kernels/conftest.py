@@ -2,11 +2,18 @@
 
 import pytest
 
-from tests.ggro_kernels.implementations import IMPLEMENTATIONS, KERNELS, NATIVE, select
-from tests.ggro_kernels.placed import HAS_GPU
+from tests.ggro_kernels.implementations import HAS_GPU, IMPLEMENTATIONS, KERNELS, NATIVE, select, tested_op
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`impl` and `kernel_impl` are the CUDA kernels too where a module or a function tests an op that has them."""
+    cuda = ("cuda",) if tested_op(metafunc.module.__name__, metafunc.function.__name__) else ()
+    for fixture, names in (("impl", IMPLEMENTATIONS), ("kernel_impl", KERNELS)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, names + cuda, indirect=True)
+
+
+@pytest.fixture
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return select(request.param, monkeypatch)
 
@@ -19,7 +26,7 @@ def checking_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     return select(request.param, monkeypatch)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture
 def kernel_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return select(request.param, monkeypatch)
 

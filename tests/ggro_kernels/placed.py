@@ -1,7 +1,7 @@
 """The public functions for tests that make their tensors on the CPU: they run where the implementation under test does.
 
-With a GPU, `impl="triton"` means a GPU; the results come back. A tensor keeps its strides, its offset and what lies
-between its rows. Without a GPU these are the public functions.
+With a GPU, the Triton and the CUDA kernels get them there; the results come back. A tensor keeps its strides, its
+offset and what lies between its rows. Without a GPU these are the public functions.
 """
 
 import functools
@@ -12,8 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import ggro_kernels
-
-HAS_GPU = torch.cuda.is_available()
+from tests.ggro_kernels import implementations
 
 
 def to_gpu(x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +26,7 @@ def to_gpu(x: torch.Tensor) -> torch.Tensor:
 def _placed(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, impl: str = "auto", **options: Any) -> Any:
-        if impl != "triton" or not HAS_GPU:
+        if impl not in implementations.on_gpu:
             return function(*args, impl=impl, **options)
         args, options = tree_map_only(torch.Tensor, to_gpu, (args, options))
         return tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args, impl=impl, **options))

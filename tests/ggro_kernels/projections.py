@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ggro_kernels import dispatch
-from tests.ggro_kernels.placed import HAS_GPU
+from tests.ggro_kernels.implementations import HAS_GPU
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

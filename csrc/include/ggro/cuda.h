@@ -1,9 +1,11 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "ggro/candidate_scores.h"
 #include "ggro/entropy_topk.h"
+#include "ggro/entropy_topk_backward.h"
 #include "ggro/prefix_attention.h"
 #include "ggro/score_select.h"
 
@@ -22,14 +24,17 @@ struct Stream {
   void* handle;
 };
 
+// Why kernels cannot run on a device: no driver, one that is too old, a GPU they were not compiled for; "" if they can.
+std::string obstacle(int device);
+
 // The k best of scores that a product has left on the device, of a whole vocabulary or of one slab of it after the
 // other. A slab but the last ends where 4096 columns end.
 struct ScoresTopKArgs {
   const float* scores;  // [rows, columns], unit column stride
   int64_t rows;
-  int64_t columns;     // 1 .. 2^31 - 1
-  int64_t row_stride;  // in elements
-  int64_t k;           // 1 .. columns
+  int64_t columns;                // 1 .. 2^31 - 1
+  int64_t row_stride;             // in elements
+  int64_t k;                      // 1 .. columns
   int64_t first_column;           // of the slab: added to the indices
   const int64_t* column_indices;  // [rows, columns] with the strides of the scores, stand in for the indices; or null
   int64_t vocab;                  // columns of all slabs
@@ -48,6 +53,9 @@ void candidate_scores(const CandidateScoresArgs& args, void* workspace, const St
 
 int64_t entropy_topk_workspace(const EntropyTopKArgs& args);
 void entropy_topk(const EntropyTopKArgs& args, void* workspace, const Stream& stream);
+
+int64_t entropy_topk_backward_workspace(const EntropyTopKBackwardArgs& args);
+void entropy_topk_backward(const EntropyTopKBackwardArgs& args, void* workspace, const Stream& stream);
 
 int64_t scores_topk_workspace(const ScoresTopKArgs& args);
 void scores_topk(const ScoresTopKArgs& args, void* workspace, const Stream& stream);
