@@ -25,17 +25,23 @@ void define_cuda(py::module_& m) {
            &A::vocab, &A::row_stride, &A::k, &A::entropy, &A::logsumexp, &A::indices, &A::temperature, &A::gradient);
   }
   {
+    using A = LmHeadEntropyTopKArgs;
+    define(m, "lm_head_entropy_topk", cuda::lm_head_entropy_topk_workspace, cuda::lm_head_entropy_topk, &A::hidden,
+           &A::hidden_dtype, &A::hidden_stride, &A::weight, &A::weight_dtype, &A::weight_stride, &A::bias, &A::softcap,
+           &A::temperature, &A::rows, &A::vocab, &A::width, &A::k, &A::entropy, &A::logsumexp, &A::values, &A::indices);
+  }
+  {
+    using A = ProjectTopKArgs;
+    define(m, "project_topk", cuda::project_topk_workspace, cuda::project_topk, &A::gradient, &A::gradient_dtype,
+           &A::gradient_stride, &A::table, &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions,
+           &A::vocab, &A::width, &A::k, &A::scores, &A::indices);
+  }
+  {
     using A = ScoreSelectArgs;
     define(m, "score_select", cuda::score_select_workspace, cuda::score_select, &A::hidden, &A::hidden_dtype,
            &A::hidden_row_stride, &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype,
            &A::uniforms, &A::rows, &A::candidates, &A::width, &A::weight, &A::temperature, &A::index, &A::reward,
            &A::score);
-  }
-  {
-    using A = cuda::ScoresTopKArgs;
-    define(m, "scores_topk", cuda::scores_topk_workspace, cuda::scores_topk, &A::scores, &A::rows, &A::columns,
-           &A::row_stride, &A::k, &A::first_column, &A::column_indices, &A::vocab, &A::temperature, &A::sums,
-           &A::values, &A::indices, &A::output_stride, &A::entropy, &A::logsumexp);
   }
 }
 

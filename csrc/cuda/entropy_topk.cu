@@ -38,38 +38,4 @@ void entropy_topk(const EntropyTopKArgs& args, void* workspace, const Stream& st
   });
 }
 
-// Scores are fp32 and lie in a buffer of ours.
-int64_t scores_topk_workspace(const ScoresTopKArgs& args) {
-  return 4 * Reduced::floats(args.rows, args.columns, args.k, false);
-}
-
-void scores_topk(const ScoresTopKArgs& args, void* workspace, const Stream& stream) {
-  if (args.rows == 0) return;
-  const int64_t chunks = divide_up(args.columns, kChunk);
-  const int64_t groups = chunks * (kChunk / group_of(args.k));
-  const Reduced reduced = {static_cast<float*>(workspace), args.sums, divide_up(args.vocab, kChunk)};
-  const bool grouped = args.columns > searched_whole(args.k), reduces = grouped || args.sums != nullptr;
-  if (reduces) {
-    reduce<float>("scores_topk: reduce",
-                  {args.scores, args.row_stride, args.columns, args.rows, chunks, args.first_column / kChunk,
-                   args.temperature, reduced},
-                  args.k, stream);
-  }
-  select<float>("scores_topk: select", args.rows,
-                {args.scores,
-                 args.row_stride,
-                 static_cast<int>(args.columns),
-                 static_cast<int>(args.k),
-                 {grouped ? reduced.maxima : nullptr, reduced.sums, reduced.chunks},
-                 static_cast<int>(groups),
-                 args.first_column,
-                 args.column_indices,
-                 args.values,
-                 args.indices,
-                 args.output_stride,
-                 args.entropy,
-                 args.logsumexp},
-                reduces, stream);
-}
-
 }  // namespace ggro::cuda

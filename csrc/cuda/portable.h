@@ -5,6 +5,8 @@
 // nvcc compiles it to the instructions of a GPU. Any other compiler compiles the very same kernels for the tests, which
 // put `portable_emulated.h` on the include path: there the threads of a block are fibers, and misuse is an error.
 //
+// kFloatsAtOnce: how many floats a sequence of kernels should work on at once.
+//
 // A kernel is a struct with
 //   using Args = ...;                        plain data, passed by value
 //   static constexpr int kThreads = ...;     a multiple of 32

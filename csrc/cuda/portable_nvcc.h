@@ -14,6 +14,9 @@
 
 namespace ggro::cuda {
 
+// 32 MB, which stay in the L2 cache of the large GPUs from one kernel to the next.
+constexpr int64_t kFloatsAtOnce = 1 << 23;
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>

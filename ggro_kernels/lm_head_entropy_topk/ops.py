@@ -34,6 +34,7 @@ lm_head_entropy_topk_op = register(
     reference=reference.lm_head_entropy_topk,
     fake=_fake,
     native=native.lm_head_entropy_topk,
+    cuda=True,
     triton="ggro_kernels.lm_head_entropy_topk.triton:lm_head_entropy_topk",
     dtypes_of=("hidden", "weight"),
 )

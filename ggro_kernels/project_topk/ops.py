@@ -28,6 +28,7 @@ project_topk_op = register(
     reference=reference.project_topk,
     fake=_fake,
     native=native.project_topk,
+    cuda=True,
     triton="ggro_kernels.project_topk.triton:project_topk",
     dtypes_of=("gradient", "table"),
 )

@@ -21,6 +21,9 @@
 
 namespace ggro::cuda {
 
+// Few, so that small tests take several slabs.
+constexpr int64_t kFloatsAtOnce = 1 << 14;
+
 template <typename T>
 class Shared {
   static_assert(sizeof(T) % emulation::kGranule == 0, "shared memory is watched in units of two bytes");

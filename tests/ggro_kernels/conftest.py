@@ -36,6 +36,11 @@ def native_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return select(request.param, monkeypatch)
 
 
+@pytest.fixture(params=("triton", "cuda"))
+def gpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return select(request.param, monkeypatch)
+
+
 @pytest.fixture
 def triton_impl(monkeypatch: pytest.MonkeyPatch) -> str:
     return select("triton", monkeypatch)

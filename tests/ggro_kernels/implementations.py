@@ -21,8 +21,8 @@ KERNELS = (*NATIVE, "triton")
 IMPLEMENTATIONS = ("reference", *KERNELS)
 HAS_GPU = torch.cuda.is_available()
 
-runs_on_threads = True
-"""Whether `impl="native"` is the CPU's kernels in the test that runs."""
+cuda_is_native = False
+"""Whether `impl="native"` is the CUDA kernels in the test that runs, not those of the CPU."""
 
 on_gpu: frozenset[str] = frozenset({"triton"} if HAS_GPU else ())
 """The values of `impl=` that get their tensors on the GPU in the test that runs."""
@@ -52,7 +52,12 @@ def _select_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     elif dispatch.cuda_error() is not None:
         pytest.skip(f"cuda: {dispatch.cuda_error()}")
     monkeypatch.setattr("tests.ggro_kernels.implementations.on_gpu", frozenset({"native"} if HAS_GPU else ()))
-    monkeypatch.setattr("tests.ggro_kernels.implementations.runs_on_threads", False)
+    monkeypatch.setattr("tests.ggro_kernels.implementations.cuda_is_native", True)
+
+
+def emulates_cuda(impl: str) -> bool:
+    """Whether `impl` is the emulated CUDA kernels in the test that runs."""
+    return impl == "native" and cuda_is_native and not HAS_GPU
 
 
 def tested_op(*names: str) -> str | None:
@@ -72,5 +77,5 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def thread_counts(impl: str, *counts: int) -> tuple[int, ...]:
-    """`counts` for native kernels, which share their work between threads; one thread for the others."""
-    return counts if impl == "native" and runs_on_threads else (1,)
+    """`counts` for the CPU's kernels, which share their work between threads; one thread for the others."""
+    return counts if impl == "native" and not cuda_is_native else (1,)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ggro_kernels import dispatch
-from tests.ggro_kernels.implementations import HAS_GPU
+from tests.ggro_kernels.implementations import HAS_GPU, emulates_cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,8 +38,8 @@ LARGE_SHAPES = ((20, 5003, 257, 64), (33, 257, 1031, 1), (70, 5003, 31, 25), (25
 
 
 def interpreted(impl: str) -> bool:
-    """Whether kernels run in Triton's interpreter, which takes a tenth of a second for each row of any width."""
-    return impl == "triton" and not HAS_GPU
+    """Whether GPU kernels run on the CPU, which takes up to a tenth of a second for each row of any width."""
+    return not HAS_GPU and (impl == "triton" or emulates_cuda(impl))
 
 
 def few(impl: str, rows: int) -> int:

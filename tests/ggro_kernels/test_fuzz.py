@@ -165,8 +165,8 @@ def test_project_topk(native_impl: str, data: st.DataObject, arguments: Any, thr
 
 @settings(max_examples=INTERPRETED_EXAMPLES)
 @given(data=st.data(), arguments=projections(interpreted=True))
-def test_project_topk_in_triton(triton_impl: str, data: st.DataObject, arguments: Any) -> None:
-    check_project_topk(triton_impl, data, arguments, threads=1)
+def test_project_topk_on_a_gpu(gpu_impl: str, data: st.DataObject, arguments: Any) -> None:
+    check_project_topk(gpu_impl, data, arguments, threads=1)
 
 
 def check_lm_head_entropy_topk(impl: str, data: st.DataObject, arguments: Any, threads: int) -> None:
@@ -189,8 +189,8 @@ def test_lm_head_entropy_topk(native_impl: str, data: st.DataObject, arguments: 
 
 @settings(max_examples=INTERPRETED_EXAMPLES)
 @given(data=st.data(), arguments=projections(interpreted=True))
-def test_lm_head_entropy_topk_in_triton(triton_impl: str, data: st.DataObject, arguments: Any) -> None:
-    check_lm_head_entropy_topk(triton_impl, data, arguments, threads=1)
+def test_lm_head_entropy_topk_on_a_gpu(gpu_impl: str, data: st.DataObject, arguments: Any) -> None:
+    check_lm_head_entropy_topk(gpu_impl, data, arguments, threads=1)
 
 
 @given(data=st.data(), threads=strategies.thread_counts)
