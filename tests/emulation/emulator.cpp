@@ -11,6 +11,10 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#else
+// AddressSanitizer must know on which stack it is.
+#define __sanitizer_start_switch_fiber(...) (void)0
+#define __sanitizer_finish_switch_fiber(...) (void)0
 #endif
 
 namespace ggro::cuda::emulation {
@@ -128,9 +132,7 @@ void Block::enter(unsigned low, unsigned high) {
 }
 
 void Block::work() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_stack_bytes_);
   try {
     kernel_(*this);
     if (launch_.overlaps && !fibers_[current_]->waited) fail("it never waited for the previous kernel");
@@ -138,16 +140,15 @@ void Block::work() {
     error_ = std::current_exception();
   }
   ++finished_;
+  __sanitizer_start_switch_fiber(nullptr, scheduler_stack_, scheduler_stack_bytes_);
   _longjmp(scheduler_, 1);
 }
 
 void Block::resume(int thread) {
   current_ = thread;
   Fiber& fiber = *fibers_[thread];
-#ifdef __SANITIZE_ADDRESS__
-  void* fake_stack = nullptr;
+  [[maybe_unused]] void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
-#endif
   if (_setjmp(scheduler_) == 0) {
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
@@ -162,14 +163,15 @@ void Block::resume(int thread) {
                 static_cast<unsigned>(address >> 32));
     setcontext(&context);
   }
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
 }
 
 void Block::yield() {
   Fiber& fiber = *fibers_[current_];
+  [[maybe_unused]] void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, scheduler_stack_, scheduler_stack_bytes_);
   if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
+  __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 }
 
 void Block::sync() {

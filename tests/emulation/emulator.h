@@ -109,6 +109,8 @@ class Block {
   std::vector<unsigned char> shared_;
   std::vector<Granule> granules_;
   jmp_buf scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
 };
 
 // Runs all blocks of a launch, one after another.
