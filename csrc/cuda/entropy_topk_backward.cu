@@ -44,11 +44,12 @@ struct SoftmaxKernel {
     const int64_t r = thread.block() / blocks;
     const int64_t column = thread.block() % blocks * kColumns + thread.index() * kWidth;
     if (column >= args.vocab) return;
-    float x[kWidth];
-    load_logits<T, kWidth>(static_cast<const T*>(args.logits) + r * args.row_stride, column, args.vocab, x);
+    float x[1][kWidth];
+    load_logits(static_cast<const T*>(args.logits) + r * args.row_stride, args.vocab,
+                {column, column + kWidth, column, 0}, x);
     const Row row(args, r);
     Vector<T, kWidth> gradient;
-    for (int i = 0; i < kWidth; ++i) gradient.data[i] = from_float<T>(row.of(x[i]));
+    for (int i = 0; i < kWidth; ++i) gradient.data[i] = from_float<T>(row.of(x[0][i]));
     T* out = static_cast<T*>(args.gradient) + r * args.vocab + column;
     if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && column + kWidth <= args.vocab) {
       store_vector(out, gradient);

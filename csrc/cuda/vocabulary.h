@@ -60,9 +60,8 @@ struct ReduceKernel {
     const T* logits = args.logits + row * args.row_stride;
 
     float x[kVectors][kWidth];
-    for (int v = 0; v < kVectors; ++v) {
-      load_logits<T, kWidth>(logits, chunk * kChunk + (v * 32 + thread.lane()) * kWidth, args.columns, x[v]);
-    }
+    const int64_t first = chunk * kChunk;
+    load_logits(logits, args.columns, {first, first + kChunk, first + thread.lane() * kWidth, 32 * kWidth}, x);
 
     float maximum = -INFINITY;
     float* maxima = args.reduced.maxima + (row * args.row_chunks + chunk) * (kChunk / Group);
@@ -87,13 +86,18 @@ struct ReduceKernel {
  private:
   static GGRO_DEVICE void store_sums(const Thread& thread, const Args& args, int64_t row, int64_t chunk,
                                      float (&x)[kVectors][kWidth], float maximum) {
-    const bool divides = args.temperature != 1.0f;
-    const float m = divides ? maximum / args.temperature : maximum;
+    float m = maximum;
+    if (args.temperature != 1.0f) {
+      m /= args.temperature;
+      for (int v = 0; v < kVectors; ++v) {
+        for (int i = 0; i < kWidth; ++i) x[v][i] /= args.temperature;
+      }
+    }
     float s = 0.0f, t = 0.0f;
     for (int v = 0; v < kVectors; ++v) {
       for (int i = 0; i < kWidth; ++i) {
         // Where m is infinite or NaN, nothing but m is looked at later. The bound keeps -inf * 0 out; e^-1000 is 0.
-        const float shifted = fmaxf((divides ? x[v][i] / args.temperature : x[v][i]) - m, -1000.0f);
+        const float shifted = fmaxf(x[v][i] - m, -1000.0f);
         const float power = expf(shifted);
         s += power;
         t += shifted * power;
