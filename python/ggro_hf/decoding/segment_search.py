@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ggro_hf.cache import Branch
-from ggro_hf.decoding.base import Position
 from ggro_hf.policy import Policy
+from ggro_hf.reading import Position
 from ggro_hf.results import Candidate, Counters, Segment
 from ggro_hf.rewards import RewardPrefix
 from ggro_hf.transfer import to_device
@@ -26,15 +26,14 @@ _CURRENT_TOKEN_FACTOR = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class EndRules:
-    """What ends a segment and a response, and how logits are read; our own rules and the released ones differ here.
+    """What ends a segment and a response; our own rules and the released ones differ here.
 
     `stop` says whether the last of a few tokens ends the segment whatever the entropy, `finish_ids` which last tokens
-    finish the response, `read` turns logits `[V]` into a position with that many tokens.
+    finish the response.
     """
 
     finish_ids: frozenset[int]
     stop: Callable[[list[int]], bool]
-    read: Callable[[torch.Tensor, int], Position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,6 @@ class SearchSettings:
 
     entropy_threshold: float
     refinements: int
-    candidates: int
     check_every: int
     nudge_tokens: int
     perplexity_ratio: float | None
@@ -84,15 +82,19 @@ class SegmentSearch:
     """
 
     def __init__(
-        self, settings: SearchSettings, rules: EndRules, policy: Policy, prefix: RewardPrefix, counters: Counters
+        self,
+        settings: SearchSettings,
+        rules: EndRules,
+        policy: Policy[Position],
+        prefix: RewardPrefix,
+        counters: Counters,
     ) -> None:
         self.counters = counters
         self._settings = settings
         self._rules = rules
         self._policy = policy
         self._prefix = prefix
-        with counters.phase("prefill"):
-            self._opening: Position | None = self._read(policy.logits)
+        self._opening: Position | None = policy.position
 
     @property
     def complete(self) -> bool:
@@ -115,7 +117,7 @@ class SegmentSearch:
         """Make `token_ids` the sequence of both models, recomputing what follows the longest common prefix."""
         if token_ids != self._policy.token_ids or self.complete:
             with self.counters.phase("prefill"):
-                self._opening = self._read(self._policy.move_to(token_ids))
+                self._opening = self._policy.move_to(token_ids)
         with self.counters.phase("reward"):
             self._prefix.move_to(token_ids)
 
@@ -183,14 +185,11 @@ class SegmentSearch:
                     or self._uncertain(position, len(token_ids))
                 ):
                     break
-                position = self._read(policy.extend([token]))
+                position = policy.extend([token])
         finished = token in rules.finish_ids
         if finished or complete:
             return _Pass(token_ids, positions, finished, forced, None, None)
         return _Pass(token_ids[:-1], positions[:-1], False, forced, position, token)
-
-    def _read(self, logits: torch.Tensor) -> Position:
-        return self._rules.read(logits, self._settings.candidates)
 
     def _uncertain(self, position: Position, decoded: int) -> bool:
         settings = self._settings
