@@ -185,18 +185,25 @@ class SegmentSearch:
                     or self._uncertain(position, len(token_ids))
                 ):
                     break
-                position = policy.extend([token])
+                # The token after the next will be wanted where the next is neither forced nor able to end the segment.
+                decoded = len(token_ids) + 1
+                free = decoded - offset > len(forced) and not self._checked(decoded)
+                position = policy.extend([token], run_ahead=free and start + decoded < settings.total)
         finished = token in rules.finish_ids
         if finished or complete:
             return _Pass(token_ids, positions, finished, forced, None, None)
         return _Pass(token_ids[:-1], positions[:-1], False, forced, position, token)
 
     def _uncertain(self, position: Position, decoded: int) -> bool:
+        return self._checked(decoded) and position.entropy >= self._settings.entropy_threshold
+
+    def _checked(self, decoded: int) -> bool:
+        """Whether the entropy of that many tokens' last may end the segment."""
         settings = self._settings
         return (
             decoded >= _TOKENS_BEFORE_STOP
             and decoded % settings.check_every == 0
-            and position.entropy >= settings.entropy_threshold
+            and settings.entropy_threshold < math.inf
         )
 
     def _score(self, candidate: _Pass, offset: int, shared: int, last: bool) -> None:
