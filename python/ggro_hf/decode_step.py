@@ -57,7 +57,7 @@ class DecodeStep:
         self.rows = cache.rows
         self.launches = 0
         # Token, position, the buffers' last row.
-        self._inputs = torch.tensor([0, 0, self.rows - 1]).to(device)
+        self._inputs = torch.tensor([0, 0, self.rows - 1], device="cpu").to(device)
         self._held: tuple[int, int] | None = None
         self._ahead: _Ahead | None = None
         self._readings: dict[Reader[Any], Captured[tuple[torch.Tensor, ...]]] = {}
