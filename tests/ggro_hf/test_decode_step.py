@@ -275,6 +275,14 @@ def test_no_more_than_a_few_capacities_are_kept():
     assert [step.rows for step in idle_steps(model)] == [1024, 2048, 4096, 8192]
 
 
+def test_a_default_device_of_the_caller_does_not_matter():
+    model = policy_on(CPU)
+    with torch.device("meta"):
+        generation = Greedy().respond(Request(model, PROMPT, 9, frozenset()))
+    assert PROMPT + generation.token_ids == generated(model, PROMPT, 9)
+    assert_captured(model)
+
+
 # Models whose pass is not captured: the ordinary one serves, and says so once.
 
 
