@@ -117,6 +117,7 @@ def _compiled(model: PreTrainedModel, prompt: list[int]) -> Callable[[], object]
     return run
 
 
+@torch.inference_mode()
 def _interleaved(ways: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):

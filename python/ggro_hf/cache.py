@@ -1,6 +1,7 @@
 """A KV cache that can be rewound: preallocated layers behind the interface of `transformers.Cache`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -44,15 +45,12 @@ class RewindableLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        first = self._first_visible()
-        start, end = self.length, self.length + key_states.shape[-2]
+        first, end = self._first_visible(), self.length + key_states.shape[-2]
         self.write(key_states.detach(), value_states.detach())
+        keys, values = self.keys[:, :, first:end], self.values[:, :, first:end]
         if key_states.requires_grad:
-            return (
-                torch.cat([self.keys[:, :, first:start], key_states], dim=-2),
-                torch.cat([self.values[:, :, first:start], value_states], dim=-2),
-            )
-        return self.keys[:, :, first:end], self.values[:, :, first:end]
+            return _BehindConstants.apply(key_states, keys), _BehindConstants.apply(value_states, values)
+        return keys, values
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append without attention: what `update` stores, and what a saved branch restores."""
@@ -115,6 +113,22 @@ class RewindableLayer(DynamicLayer):
         grown = self._allocate(buffer)
         grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
+
+
+class _BehindConstants(torch.autograd.Function):
+    """A buffer that ends with new tokens, of which only these have a gradient: `cat` without copying the others.
+
+    The buffer must stay as it is until the backward pass, which autograd checks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, new: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        ctx.tokens = new.shape[-2]
+        return buffer
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient[..., -ctx.tokens :, :], None
 
 
 class StaticLayer(DynamicLayer):

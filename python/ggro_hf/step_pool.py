@@ -25,6 +25,7 @@ from ggro_kernels.dispatch import resolve
 
 _SMALLEST_ROOM = 256
 _MOST_IDLE = 4
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 _logger = logging.getLogger(__name__)
 
@@ -143,24 +144,26 @@ def _check_model(model: PreTrainedModel) -> None:
 
 def _fingerprint(model: PreTrainedModel) -> Hashable:
     """Changes with whatever a captured pass has fixed: addresses, and settings that modules look at."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model.config._attn_implementation, tuple(_state(module) for module in model.modules())
+
+
+def _state(module: nn.Module) -> Hashable:
+    """Addresses of a module's tensors, its flags and numbers, lists and dictionaries of such (those of adapters)."""
+    tensors = itertools.chain(module._parameters.values(), module._buffers.values())
+    own = vars(module)
     return (
-        model.config._attn_implementation,
-        tuple((_address(tensor), tensor.dtype, tensor.shape) for tensor in tensors),
-        tuple(_settings(module) for module in model.modules()),
+        id(module),
+        id(own.get("forward")),
+        len(module._forward_hooks) + len(module._forward_pre_hooks),
+        module.training,
+        tuple(_address(tensor) for tensor in tensors if tensor is not None),
+        tuple((name, str(value)) for name, value in own.items() if name not in _OF_ALL_MODULES and _is_plain(value)),
     )
 
 
 def _address(tensor: torch.Tensor) -> int:
     # Tensors that are made of others (quantised, distributed) have no address of their own.
     return tensor.data_ptr() if type(tensor) in (torch.Tensor, nn.Parameter) else id(tensor)
-
-
-def _settings(module: nn.Module) -> Hashable:
-    """Flags and numbers of a module, lists and dictionaries of such (those of adapters), and what runs it."""
-    settings = [(name, str(value)) for name, value in vars(module).items() if _is_plain(value)]
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    return id(module), id(vars(module).get("forward")), hooks, *settings
 
 
 def _is_plain(value: object) -> bool:

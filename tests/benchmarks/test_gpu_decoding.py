@@ -113,7 +113,7 @@ def test_a_device_that_is_too_small_is_a_result(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(gpu_decoding, "build_pair", full)
-    run = gpu_decoding.measure_size("tiny", CPU, torch.float32, 8, 4, seconds=0)
+    run = gpu_decoding.measure_size("tiny", CPU, torch.float32, 8, 4, seconds=0, compile_seconds=0)
     assert run.error == "CUDA out of memory. Tried to allocate"
     assert "out of memory" in gpu_decoding.format_run(run, 4)
 
