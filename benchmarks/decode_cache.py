@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode_cache [--prefix 128 1024 4096] [--new-tokens 32] [--threads 1 2] [--rounds 5]
 
-A Llama-shaped policy, 512 wide, 6 layers, fp32, random weights. Milliseconds a token without the prefill: what 1 + N
-tokens take longer than one; medians of interleaved rounds. "static" is the step that a GPU would capture, with
+A Llama-shaped policy, 512 wide, 6 layers, fp32, random weights. Milliseconds a token after the first one, so without
+the prefill; medians of interleaved rounds. "static" is the step that a GPU would capture, with
 `prefix_attention`, run without capturing.
 """
 
@@ -20,13 +20,31 @@ from unittest import mock
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers.generation.streamers import BaseStreamer
 
 from ggro_hf import PREFIX_ATTENTION, Greedy, step_pool
 from ggro_hf.decoding.base import Request
 from ggro_hf.graphs import CAPTURES
 
-Respond = Callable[[int], list[int]]
-"""Decodes that many tokens."""
+Respond = Callable[[BaseStreamer], list[int]]
+"""Decodes, and hands every token to the streamer."""
+
+
+class Clock(BaseStreamer):
+    """The times at which prompt and tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def seconds_per_token(self) -> float:
+        """From the first token of the response to the last."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 class Repeated:
@@ -62,19 +80,24 @@ def build_policy(longest: int, vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def generate(policy: LlamaForCausalLM, prompt: list[int], tokens: int) -> list[int]:
+def generate(policy: LlamaForCausalLM, prompt: list[int], tokens: int, streamer: BaseStreamer) -> list[int]:
     """transformers' own greedy search."""
     ids = torch.tensor([prompt])
-    output = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    mask = torch.ones_like(ids)
+    output = policy.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=streamer)
     return output[0, len(prompt) :].tolist()
 
 
 def greedy(
-    policy: LlamaForCausalLM, prompt: list[int], within: Callable[[], AbstractContextManager[None]], tokens: int
+    policy: LlamaForCausalLM,
+    prompt: list[int],
+    tokens: int,
+    within: Callable[[], AbstractContextManager[None]],
+    streamer: BaseStreamer,
 ) -> list[int]:
     """Our greedy search, with something changed."""
     with within():
-        return Greedy().respond(Request(policy, list(prompt), tokens, frozenset())).token_ids
+        return Greedy(streamer=streamer).respond(Request(policy, list(prompt), tokens, frozenset())).token_ids
 
 
 @contextmanager
@@ -107,24 +130,23 @@ def static_step() -> Iterator[None]:
 
 def measure(policy: LlamaForCausalLM, prompt: list[int], new_tokens: int, rounds: int) -> dict[str, float]:
     """Milliseconds a token of every way; the tokens of all are the same."""
+    request = (policy, prompt, 1 + new_tokens)
     ways: dict[str, Respond] = {
-        "our cache": partial(greedy, policy, prompt, nullcontext),
-        "our cache, prefix_attention": partial(greedy, policy, prompt, partial(attending, policy)),
-        "our cache, static": partial(greedy, policy, prompt, static_step),
-        "DynamicCache": partial(greedy, policy, prompt, growing_cache),
-        "generate": partial(generate, policy, prompt),
+        "our cache": partial(greedy, *request, nullcontext),
+        "our cache, prefix_attention": partial(greedy, *request, partial(attending, policy)),
+        "our cache, static": partial(greedy, *request, static_step),
+        "DynamicCache": partial(greedy, *request, growing_cache),
+        "generate": partial(generate, *request),
     }
-    responses = {name: respond(1 + new_tokens) for name, respond in ways.items()}
+    responses = {name: respond(Clock()) for name, respond in ways.items()}
     assert len({tuple(tokens) for tokens in responses.values()}) == 1
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, respond in ways.items():
-            start = perf_counter()
-            respond(1)
-            middle = perf_counter()
-            respond(1 + new_tokens)
-            seconds[name].append((perf_counter() - middle) - (middle - start))
-    return {name: 1e3 * statistics.median(times) / new_tokens for name, times in seconds.items()}
+            clock = Clock()
+            respond(clock)
+            seconds[name].append(clock.seconds_per_token())
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,8 +23,10 @@ from ggro_hf.reading import Reader
 from ggro_hf.transfer import wait_for
 from ggro_kernels.dispatch import resolve
 
-_SMALLEST_ROOM = 256
-_MOST_IDLE = 4
+# Tokens. Rooms are powers of two, beyond the largest of them its multiples.
+_SMALLEST_ROOM, _LARGEST_POWER = 256, 4096
+# Tokens that the idle caches of a model may have room for together, if they are several.
+_MOST_IDLE = 16_384
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Slot:
             self.step.prepare(reader)
         # Whatever it is, the ordinary pass can do without.
         except Exception as error:
+            self.cache.rewind(len(token_ids) - 1)
             reason = str(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
             _refusals[model] = (self.fingerprint, reason.partition("\n")[0])
             _logger.warning("%s decodes by %s", type(model).__name__, describe(model))
@@ -74,16 +77,18 @@ def lend(borrower: object, model: PreTrainedModel, capacity: int) -> Slot:
     if fingerprint == _refusals.get(model, (None, ""))[0]:
         return Slot(RewindableCache(model.config, capacity))
     _refusals.pop(model, None)
-    room = max(_SMALLEST_ROOM, 1 << capacity.bit_length())
+    room = _room(capacity)
+    # All at once, so that no other thread takes the same.
+    idle = [slot for slot in _idle.pop(model, []) if slot.fingerprint == fingerprint]
     # Exactly that room: the rounding of sums over the cache may depend on it.
-    fitting = (slot for slot in _idle.get(model, ()) if (slot.cache.rows, slot.fingerprint) == (room, fingerprint))
-    slot = next(fitting, None)
+    slot = next((slot for slot in idle if slot.cache.rows == room), None)
     if slot is None:
         slot = Slot(RewindableCache(model.config, room), fingerprint)
     else:
-        _idle[model].remove(slot)
+        idle.remove(slot)
         with torch.inference_mode():
             slot.cache.clear()
+    _idle[model] = idle
     weakref.finalize(borrower, _take_back, weakref.ref(model), slot, device).atexit = False
     return slot
 
@@ -102,8 +107,18 @@ def _take_back(model_reference: weakref.ref[PreTrainedModel], slot: Slot, device
     # The next borrower may be on another stream.
     wait_for(device)
     slot.step.stop()
-    same_model = [idle for idle in _idle.get(model, ()) if idle.fingerprint == slot.fingerprint]
-    _idle[model] = [*same_model, slot][-_MOST_IDLE:]
+    kept = [slot]
+    for idle in reversed(_idle.get(model, [])):
+        if sum(x.cache.rows for x in [*kept, idle]) <= _MOST_IDLE:
+            kept.insert(0, idle)
+    _idle[model] = kept
+
+
+def _room(capacity: int) -> int:
+    """Rows for that many tokens and the last, which is none's."""
+    if capacity < _LARGEST_POWER:
+        return max(_SMALLEST_ROOM, 1 << capacity.bit_length())
+    return (capacity // _LARGEST_POWER + 1) * _LARGEST_POWER
 
 
 def _capture(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]) -> DecodeStep:

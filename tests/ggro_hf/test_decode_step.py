@@ -265,14 +265,17 @@ def test_steps_go_with_their_model(monkeypatch):
     assert not step_pool._idle
 
 
-def test_no_more_than_a_few_capacities_are_kept():
+def test_a_bounded_number_of_idle_tokens_is_kept(monkeypatch):
+    monkeypatch.setattr(step_pool, "_MOST_IDLE", 10_000)
     model = small_policy(seed=3, vocabulary=VOCABULARY, max_position_embeddings=20_000)
     for capacity in (100, 300, 600, 1200, 2400, 4800):
         policy = Policy(model, Counters(), Logits(), capacity=capacity)
         policy.extend([5])
         policy.extend([6])
         del policy
-    assert [step.rows for step in idle_steps(model)] == [1024, 2048, 4096, 8192]
+    assert [step.rows for step in idle_steps(model)] == [256, 512, 1024, 8192]
+    for capacity in (0, 255, 256, 4095, 4096, 70_000):
+        assert capacity < step_pool._room(capacity) <= max(256, 2 * capacity)
 
 
 def test_a_default_device_of_the_caller_does_not_matter():
