@@ -1,12 +1,13 @@
 """Decoding by models of real sizes on one GPU, and where the time of a step goes.
 
-    python -m benchmarks.gpu_decoding [--size 1b 3b 8b] [--prompt 256] [--new-tokens 64] [--seconds 240]
+    python -m benchmarks.gpu_decoding [--size 1b 3b 8b] [--prompt 256] [--new-tokens 64] [--seconds 240] [--compile 180]
 
 Policies have the shapes of Llama 3 with a head of their own, and random weights that are made on the device in the
 dtype they compute in; the reward model has the 1B shape. Rates are medians of interleaved rounds. The parts of a
 response come from one more run with a stopwatch (benchmarks/stopwatch.py): "host" is what is left of the wall time,
 Python, transfers and launches between the parts. Device time is the sum over all kernels of a short run under
-torch.profiler, whose own cost is in that run's wall time: compare it with the parts, not with it.
+torch.profiler, whose own cost is in that run's wall time: compare it with the parts, not with it. Then the step of a
+token by itself (benchmarks/gpu_step.py): as ordinary passes, captured, and the bare forward, captured and compiled.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
+from benchmarks.gpu_step import Step, format_step, measure_step
 from benchmarks.report import commit, installed
 from benchmarks.session import ROOT
 from benchmarks.stopwatch import PARTS, Stopwatch, timed
@@ -46,6 +48,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 LOGIT_SPREAD = 3.6
 # The share of greedy tokens whose entropy does not end a segment.
 BELOW_THRESHOLD = 0.7
+# Of GGRO.
+CANDIDATES = 25
 WARM_UP_TOKENS, PROFILED_TOKENS, MOST_ROUNDS = 8, 16, 5
 
 GENERATE = "transformers generate, greedy"
@@ -97,6 +101,7 @@ class Run:
     reward_parameters: int = 0
     entropy_threshold: float = 0.0
     methods: dict[str, Method] = field(default_factory=dict)
+    step: Step | None = None
     error: str | None = None
 
 
@@ -249,15 +254,22 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def measure_size(
-    size: str, device: torch.device, dtype: torch.dtype, prompt_tokens: int, new_tokens: int, seconds: float
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    prompt_tokens: int,
+    new_tokens: int,
+    seconds: float,
+    compile_seconds: float,
 ) -> Run:
-    """All methods on one size; a GPU that is too small is part of the result."""
+    """All methods on one size, and the step by itself; a GPU that is too small is part of the result."""
     run = Run(size, REWARD_OF[size])
     deadline = perf_counter() + seconds
     try:
         pair = build_pair(size, device, dtype, prompt_tokens)
         run.parameters, run.reward_parameters = pair.policy.num_parameters(), pair.reward.model.num_parameters()
         measure(pair, new_tokens, deadline, run)
+        run.step = measure_step(pair.policy, pair.prompt, CANDIDATES, compile_seconds)
     except torch.OutOfMemoryError as error:
         run.error = str(error).partition("\n")[0]
     return run
@@ -294,6 +306,8 @@ def format_run(run: Run, new_tokens: int) -> str:
         busy = method.profiled_device_seconds
         device = f"{1e3 * busy / method.profiled_tokens:.3f}" if busy and method.profiled_tokens else "-"
         lines.append(f"{name:30} " + " ".join(f"{cell:>20}" for cell in cells) + f" {device:>8}")
+    if run.step is not None:
+        lines.append(f"\n{format_step(run.step)}")
     return "\n".join(lines)
 
 
@@ -315,6 +329,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=240.0, help="for all sizes; each gets one round, however long (240)"
     )
     parser.add_argument(
+        "--compile", type=float, default=180.0, metavar="SECONDS", help="for compiling a forward, 0 for none (180)"
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON (benchmarks/results/GPU/decoding.json where all sizes run)"
     )
     arguments = parser.parse_args(argv)
@@ -331,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     end = perf_counter() + arguments.seconds
     for place, size in enumerate(arguments.size):
         share = (end - perf_counter()) / (len(arguments.size) - place)
-        runs.append(measure_size(size, device, DTYPES[arguments.dtype], arguments.prompt, arguments.new_tokens, share))
+        dtype, lengths = DTYPES[arguments.dtype], (arguments.prompt, arguments.new_tokens)
+        runs.append(measure_size(size, device, dtype, *lengths, share, arguments.compile))
         print(format_run(runs[-1], arguments.new_tokens), flush=True)
         if device.type == "cuda":
             # The next pair needs the memory of this one.

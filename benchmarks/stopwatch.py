@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
@@ -11,8 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ggro_hf import RewardModel
-from ggro_hf.decoding import base, segment_search
+from ggro_hf import RewardModel, reading
+from ggro_hf.decode_step import DecodeStep
+from ggro_hf.decoding import segment_search
 
 PARTS = ("policy forward", "kernels", "reward forward", "reward backward")
 
@@ -58,7 +59,10 @@ class Stopwatch:
 
 @contextmanager
 def timed(stopwatch: Stopwatch, policy: nn.Module, reward: RewardModel) -> Iterator[None]:
-    """Measure PARTS of whatever decodes with these two models within the context."""
+    """Measure PARTS of whatever decodes with these two models within the context.
+
+    A captured step is a policy forward with the kernel that reads its logits. It must have been captured before.
+    """
     backbone, head = reward.model.base_model, reward.model.score
 
     def start(part: str, *_: Any) -> None:
@@ -79,27 +83,28 @@ def timed(stopwatch: Stopwatch, policy: nn.Module, reward: RewardModel) -> Itera
         if output.requires_grad:
             output.register_hook(functools.partial(start, "reward backward"))
 
-    def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    def measured(part: str, owner: Any, name: str) -> Any:
+        function = getattr(owner, name)
+
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            stopwatch.start("kernels")
+            stopwatch.start(part)
             result = function(*args, **options)
-            stopwatch.stop("kernels")
+            stopwatch.stop(part)
             return result
 
-        return call
+        return mock.patch.object(owner, name, call)
 
     handles = (
-        policy.register_forward_pre_hook(functools.partial(start, "policy forward")),
-        policy.register_forward_hook(functools.partial(stop, "policy forward")),
         backbone.register_forward_pre_hook(start_reward, with_kwargs=True),
         head.register_forward_hook(stop_reward),
     )
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
-        stack.enter_context(mock.patch.object(base, "entropy_topk", kernel(base.entropy_topk)))
-        stack.enter_context(
-            mock.patch.object(segment_search, "candidate_scores", kernel(segment_search.candidate_scores))
-        )
+        # Not by hooks: a model that has some is not captured.
+        stack.enter_context(measured("policy forward", type(policy), "forward"))
+        stack.enter_context(measured("policy forward", DecodeStep, "_launch"))
+        stack.enter_context(measured("kernels", reading, "entropy_topk"))
+        stack.enter_context(measured("kernels", segment_search, "candidate_scores"))
         yield

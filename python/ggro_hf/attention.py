@@ -6,6 +6,7 @@
 scores every branch as if it followed the cached prefix alone. A forward without `branch_starts` is causal attention.
 """
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,14 @@ PREFIX_ATTENTION = "ggro_prefix_attention"
 
 _USE_ANOTHER = "use model.set_attn_implementation('sdpa') or 'eager' for it"
 _UNSUPPORTED = ("position_bias", "s_aux", "cu_seq_lens_q", "cache")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPrefix:
+    """In place of a mask for one token behind a static cache: `lengths[1]` int64 on the device, and the window."""
+
+    lengths: Tensor
+    window: int | None
 
 
 def pack_branches(
@@ -59,7 +68,7 @@ def prefix_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | int | None,
+    attention_mask: Tensor | StaticPrefix | int | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -73,7 +82,7 @@ def prefix_attention_forward(
     Args:
         module: the attention layer.
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, N + T, D], prefix and branches.
+        key, value: [B, Hkv, N + T, D], prefix and branches; of a static prefix only the first tokens count.
         attention_mask: what `window_for_mask` gave.
         scaling, dropout, softcap, is_causal: as the model has them.
         sliding_window: likewise; some models tell their mask alone about it.
@@ -101,6 +110,11 @@ def prefix_attention_forward(
     if branch_starts is None:
         branch_starts = torch.zeros(batch, tokens, dtype=torch.int64, device=query.device)
     prefix = key.shape[2] - tokens
+    lengths = None
+    window = sliding_window if attention_mask is None else attention_mask
+    if isinstance(window, StaticPrefix):
+        lengths = window.lengths.expand(batch)
+        window = sliding_window if window.window is None else window.window
     output = prefix_attention(
         query,
         key[:, :, :prefix],
@@ -108,9 +122,10 @@ def prefix_attention_forward(
         key[:, :, prefix:],
         value[:, :, prefix:],
         branch_starts.expand(batch, -1),
+        prefix_lengths=lengths,
         scale=scaling,
         softcap=softcap,
-        window=sliding_window if attention_mask is None else attention_mask,
+        window=window,
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -126,8 +141,10 @@ def window_for_mask(
     allow_is_causal_skip: bool = True,
     config: PretrainedConfig | None = None,
     **kwargs: Any,
-) -> int | None:
+) -> StaticPrefix | int | None:
     """What a model's layers get in place of a mask: their sliding window, None where they have none.
+
+    With a static cache, whose length is on the device, they get that as well.
 
     Raises ValueError for what only a mask could express: padding, and patterns that are more than causal.
     """
@@ -136,7 +153,12 @@ def window_for_mask(
             f"{PREFIX_ATTENTION} takes no padding, but attention_mask has zeros: run rows of one length, or "
             f"{_USE_ANOTHER}"
         )
-    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+    if isinstance(q_offset, Tensor):
+        # transformers' own static caches, which have the new token elsewhere, forbid the skip; `StaticLayer` does not.
+        ends_with_them = q_length == 1 and allow_is_causal_skip
+    else:
+        ends_with_them = q_offset + q_length == kv_offset + kv_length
+    if not ends_with_them:
         raise ValueError(f"{PREFIX_ATTENTION} needs a cache that ends with the new tokens, not a static one")
     # transformers forbids the skip wherever the pattern is more than causal: packed rows, blocks, both directions.
     if not allow_is_causal_skip or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -144,6 +166,8 @@ def window_for_mask(
             f"{PREFIX_ATTENTION} computes causal and sliding-window attention only (branches need a cache, if an empty "
             f"one); {_USE_ANOTHER}"
         )
+    if isinstance(q_offset, Tensor):
+        return StaticPrefix(q_offset.reshape(1), local_size)
     return local_size
 
 

@@ -1,6 +1,7 @@
 """A KV cache that can be rewound: preallocated layers behind the interface of `transformers.Cache`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -44,15 +45,12 @@ class RewindableLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        first = self._first_visible()
-        start, end = self.length, self.length + key_states.shape[-2]
+        first, end = self._first_visible(), self.length + key_states.shape[-2]
         self.write(key_states.detach(), value_states.detach())
+        keys, values = self.keys[:, :, first:end], self.values[:, :, first:end]
         if key_states.requires_grad:
-            return (
-                torch.cat([self.keys[:, :, first:start], key_states], dim=-2),
-                torch.cat([self.values[:, :, first:start], value_states], dim=-2),
-            )
-        return self.keys[:, :, first:end], self.values[:, :, first:end]
+            return _BehindConstants.apply(key_states, keys), _BehindConstants.apply(value_states, values)
+        return keys, values
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append without attention: what `update` stores, and what a saved branch restores."""
@@ -60,12 +58,29 @@ class RewindableLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
         end = self.length + keys.shape[-2]
         if end > self.keys.shape[-2]:
-            self.capacity = max(end, 2 * self.keys.shape[-2])
-            self.keys = self._grown(self.keys, keys)
-            self.values = self._grown(self.values, values)
+            self.grow(end)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
+
+    def grow(self, tokens: int) -> None:
+        """Make room for that many tokens and at least twice as many as there was."""
+        self.capacity = max(tokens, 2 * self.keys.shape[-2])
+        self.keys = self._grown(self.keys)
+        self.values = self._grown(self.values)
+
+    def move(self, start: int, end: int, target: int) -> None:
+        """Put the keys and values of tokens `start .. end` at `target`, which comes before them."""
+        for buffer in (self.keys, self.values):
+            # The source may overlap the target.
+            buffer[:, :, target : target + end - start] = buffer[:, :, start:end].clone()
+
+    def clear(self) -> None:
+        """Forget all tokens, and whatever might be NaN in the buffers."""
+        self.length = 0
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
 
     def read_last(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the keys and values of the last `tokens` tokens."""
@@ -91,12 +106,64 @@ class RewindableLayer(DynamicLayer):
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         batch, heads, tokens, width = like.shape
         rows = -(-max(self.capacity, tokens) // _GROWTH) * _GROWTH
-        return torch.empty((batch, heads, rows, width), dtype=like.dtype, device=like.device)
+        # A mask multiplies what it hides by zero, which must not be NaN: see StaticLayer.
+        return torch.zeros((batch, heads, rows, width), dtype=like.dtype, device=like.device)
 
-    def _grown(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        grown = self._allocate(like)
+    def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
+        grown = self._allocate(buffer)
         grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
+
+
+class _BehindConstants(torch.autograd.Function):
+    """A buffer that ends with new tokens, of which only these have a gradient: `cat` without copying the others.
+
+    The buffer must stay as it is until the backward pass, which autograd checks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, new: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        ctx.tokens = new.shape[-2]
+        return buffer
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient[..., -ctx.tokens :, :], None
+
+
+class StaticLayer(DynamicLayer):
+    """The buffers of a `RewindableLayer` for one more token, whose row is on the device.
+
+    No address and no shape depends on the number of tokens, so a CUDA graph can hold the pass: attention gets the
+    buffers whole, and its mask ends at the token's row. The token is written to that row and to the last one, where
+    `prefix_attention` looks for it.
+    """
+
+    def __init__(self, layer: RewindableLayer, rows: torch.Tensor, *, masked: bool) -> None:
+        """`rows[2]` int64 are the token's row and the last one; `masked` tells transformers to build a mask."""
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device = layer.dtype, layer.device
+        self.is_initialized = True
+        self.is_sliding = layer.is_sliding
+        self.is_compileable = masked
+        self._rows = rows
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, self._rows, key_states.expand(-1, -1, 2, -1))
+        self.values.index_copy_(2, self._rows, value_states.expand(-1, -1, 2, -1))
+        return self.keys, self.values
+
+    # As of transformers' own static layers: the mask takes it as the offset of the query.
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]
+        return self._rows[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.keys is not None
+        return self.keys.shape[-2], 0
 
 
 class RewindableCache(Cache):
@@ -114,6 +181,36 @@ class RewindableCache(Cache):
         """Keep the first `length` tokens."""
         for layer in self._rewindable:
             layer.length = length
+
+    def keep_branch(self, length: int, start: int, end: int) -> None:
+        """Keep the first `length` tokens and, as their continuation, those from `start` to `end`.
+
+        Commits one of the branches that a forward with `pack_branches` put behind a prefix of `length` tokens; only the
+        branch is copied.
+        """
+        for layer in self._rewindable:
+            layer.move(start, end, length)
+        self.rewind(length + end - start)
+
+    def clear(self) -> None:
+        """Forget all tokens; the buffers stay where they are."""
+        for layer in self._rewindable:
+            layer.clear()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the buffers have room for; 0 before the first pass."""
+        layer = self._rewindable[0]
+        return layer.keys.shape[-2] if layer.is_initialized else 0
+
+    def grow(self) -> None:
+        """Double the room; the buffers move."""
+        for layer in self._rewindable:
+            layer.grow(0)
+
+    def static(self, rows: torch.Tensor, *, masked: bool) -> Cache:
+        """The same buffers for a forward of one token: see `StaticLayer`. Outdated once they have grown."""
+        return Cache(layers=[StaticLayer(layer, rows, masked=masked) for layer in self._rewindable])
 
     def save(self, token_ids: list[int]) -> Branch:
         """Copy the keys and values of the last tokens, which are `token_ids`."""

@@ -1,49 +1,66 @@
 """The frozen language model: a sequence that can be extended, rewound and committed without recomputing its prefix."""
 
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
+from ggro_hf import step_pool
+from ggro_hf.cache import Branch, common_prefix_length
+from ggro_hf.decode_step import forward
+from ggro_hf.reading import Reader
 from ggro_hf.results import Counters
-from ggro_hf.transfer import to_device, wait_for
+from ggro_hf.transfer import to_host
+
+T = TypeVar("T")
 
 
-class Policy:
+class Policy(Generic[T]):
     """A causal language model and one sequence in its KV cache.
 
-    `token_ids` are the tokens in the cache; `logits[V]` predict the token after them. Raises ValueError where the
-    model has no rewindable KV cache.
+    `token_ids` are the tokens in the cache; `position` is what the reader made of the logits computed last. Raises
+    ValueError where the model has no rewindable KV cache.
     """
 
-    def __init__(self, model: PreTrainedModel, counters: Counters, capacity: int = 0) -> None:
+    position: T
+
+    def __init__(self, model: PreTrainedModel, counters: Counters, reader: Reader[T], capacity: int = 0) -> None:
         check_policy(model)
         self._model = model
-        embedding: Any = model.get_input_embeddings()
-        self._device: torch.device = embedding.weight.device
+        self._reader = reader
         self._counters = counters
-        self._cache = RewindableCache(model.config, capacity)
+        self._slot = step_pool.lend(self, model, capacity)
+        self._cache = self._slot.cache
         self.token_ids: list[int] = []
-        self.logits: torch.Tensor = torch.empty(0)
 
     # Cheaper than no_grad, and fine here: no policy tensor ever takes part in a backward pass.
     @torch.inference_mode()
-    def extend(self, token_ids: list[int]) -> torch.Tensor:
-        """Append tokens in one forward pass and return the logits `[V]` after the last."""
-        inputs = to_device([token_ids], self._device)
-        output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._counters.policy_tokens += len(token_ids)
-        self.token_ids += token_ids
-        self.logits = output.logits[0, -1]
-        return self.logits
+    def extend(self, token_ids: list[int], *, run_ahead: bool = False) -> T:
+        """Append tokens in one forward pass and return the position after the last, at one wait for the device.
 
-    def wait(self) -> None:
-        """Return when `logits` are computed."""
-        wait_for(self._device)
+        `run_ahead` says that the likeliest token will probably be the next: where there is a captured step, the device
+        begins with it before the host has seen which it is. Raises FloatingPointError where the reader does.
+        """
+        sequence = self.token_ids + token_ids
+        step = self._slot.step_for(self._model, sequence, self._reader) if len(token_ids) == 1 else None
+        if step is None:
+            self._stop()
+            logits = forward(self._model, self._cache, token_ids)
+            self._counters.policy_tokens += len(token_ids)
+            tensors = to_host(*self._reader.on_device(logits))
+        else:
+            launches = step.launches
+            run_ahead = run_ahead and len(sequence) + 1 < step.rows
+            tensors = step.run(token_ids[0], len(sequence) - 1, self._reader, run_ahead=run_ahead)
+            self._cache.rewind(len(sequence))
+            self._counters.policy_tokens += step.launches - launches
+        self.token_ids = sequence
+        self.position = self._reader.on_host(*tensors)
+        return self.position
 
     def rewind(self, length: int) -> None:
         """Drop all tokens but the first `length`."""
+        self._stop()
         self._cache.rewind(length)
         del self.token_ids[length:]
 
@@ -53,15 +70,20 @@ class Policy:
 
     @torch.inference_mode()
     def restore(self, branch: Branch) -> None:
-        """Append a branch that was saved after the same prefix; `logits` stay as they were."""
+        """Append a branch that was saved after the same prefix; `position` stays as it was."""
+        self._stop()
         self._cache.restore(branch)
         self.token_ids += branch.token_ids
 
-    def move_to(self, token_ids: list[int]) -> torch.Tensor:
-        """Make the sequence `token_ids`, recomputing only what follows the longest common prefix; return its logits."""
+    def move_to(self, token_ids: list[int]) -> T:
+        """Make the sequence `token_ids`, recomputing what follows the longest common prefix; return its position."""
         kept = min(common_prefix_length(self.token_ids, token_ids), len(token_ids) - 1)
         self.rewind(kept)
         return self.extend(token_ids[kept:])
+
+    def _stop(self) -> None:
+        if self._slot.step is not None:
+            self._slot.step.stop()
 
 
 def check_policy(model: PreTrainedModel) -> None:

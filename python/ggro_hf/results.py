@@ -83,9 +83,10 @@ class Trace:
 class Counters:
     """Work done for one response, counted the same way for every method.
 
-    Tokens are tokens that went through a forward (or backward) pass; `seconds` maps a phase to its wall time, to which
-    a GPU's work belongs: every phase ends with its result on the host. `peak_bytes` is the peak memory of the GPUs
-    (where the policy is on a CPU: of the process) when the response was finished.
+    Tokens are tokens that went through a forward (or backward) pass, a step that ran ahead for nothing included; the
+    passes with which a step is captured, once a model, count in the time only. `seconds` maps a phase to its wall time,
+    to which a GPU's work belongs: every phase ends with its result on the host. `peak_bytes` is the peak memory of the
+    GPUs (where the policy is on a CPU: of the process) when the response was finished.
     """
 
     policy_tokens: int = 0

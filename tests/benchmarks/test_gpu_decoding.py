@@ -1,6 +1,7 @@
 """The benchmark of whole models: a tiny run on the CPU, and the parts it takes a response apart into."""
 
 import json
+from time import sleep
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import gpu_decoding
 from benchmarks.gpu_decoding import GENERATE, build_pair, llama_config
+from benchmarks.gpu_step import format_step, measure_step
 from benchmarks.stopwatch import PARTS, Stopwatch, timed
-from ggro_hf import GGRO, Greedy
+from ggro_hf import GGRO, Greedy, step_pool
+from tests.ggro_hf.replayed import replaying
 
 CPU = torch.device("cpu")
 
@@ -22,7 +25,7 @@ def pair():
 def test_a_tiny_run_prints_a_table_and_writes_what_it_measured(tmp_path, capsys):
     output = tmp_path / "new" / "decoding.json"
     arguments = ["--size", "tiny", "--device", "cpu", "--dtype", "float32", "--prompt", "20", "--new-tokens", "16"]
-    assert gpu_decoding.main([*arguments, "--seconds", "0", "--output", str(output)]) == 0
+    assert gpu_decoding.main([*arguments, "--seconds", "0", "--compile", "0", "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     (run,) = report["runs"]
     assert run["error"] is None and run["parameters"] > run["reward_parameters"] > 0
@@ -37,6 +40,8 @@ def test_a_tiny_run_prints_a_table_and_writes_what_it_measured(tmp_path, capsys)
         assert set(method["seconds"]) == {*PARTS, "host"}
         assert sum(method["seconds"].values()) == pytest.approx(method["wall_seconds"])
         assert all(seconds >= 0 for seconds in method["seconds"].values())
+    assert run["step"]["ordinary"] > 0 and run["step"]["captured"] is None
+    assert "ordinary forward passes" in printed
     assert methods["Greedy"]["policy_tokens"] == 20 + 16 - 1
     assert methods["GGRO"]["reward_backward_tokens"] > 0 and methods["GGRO"]["segments"] > 1
 
@@ -55,6 +60,21 @@ def test_every_pass_and_every_kernel_is_in_its_part(pair):
     assert calls["kernels"] == calls["policy forward"] + scored
     assert calls["policy forward"] == 1 + generation.counters.policy_tokens - 12
     assert all(seconds > 0 for seconds in stopwatch.seconds().values())
+
+
+def test_the_step_captured_beside_the_bare_forward(pair):
+    with replaying():
+        step = measure_step(pair.policy, pair.prompt, 5, compile_seconds=0.0)
+        assert step_pool.describe(pair.policy) == step.decoded_by == "a CUDA graph"
+    assert min(step.ordinary, step.captured, step.running_ahead, step.captured_forward) > 0
+    assert step.compiled_forward is step.over_bare is None
+    assert "running ahead" in format_step(step)
+
+
+def test_compiling_is_given_up_in_time(pair, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu_step._compiled", lambda *_: sleep(10))
+    step = measure_step(pair.policy, pair.prompt, 5, compile_seconds=0.1)
+    assert "TimeoutError: took more than" in format_step(step)
 
 
 def test_the_stopwatch_leaves_nothing_behind(pair):
@@ -93,7 +113,7 @@ def test_a_device_that_is_too_small_is_a_result(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(gpu_decoding, "build_pair", full)
-    run = gpu_decoding.measure_size("tiny", CPU, torch.float32, 8, 4, seconds=0)
+    run = gpu_decoding.measure_size("tiny", CPU, torch.float32, 8, 4, seconds=0, compile_seconds=0)
     assert run.error == "CUDA out of memory. Tried to allocate"
     assert "out of memory" in gpu_decoding.format_run(run, 4)
 

@@ -1,6 +1,7 @@
 """The same decoding on two devices: models, decoders, and whether two generations agree."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,12 +9,24 @@ from transformers import PreTrainedModel
 
 from ggro_hf import GGRO, BestOfN, Decoder, Greedy, RewardModel, Sample
 from ggro_hf.decoding.base import Request
+from ggro_hf.reading import Reader
 from ggro_hf.results import Candidate, Generation
 from tests.ggro_hf.small_models import END_OF_TURN, small_policy, small_reward, small_tokenizer
 
 VOCABULARY, NEW_TOKENS = 300, 12
 PROMPT = [72, 105, 84, 121, 110]
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Logits(Reader[torch.Tensor]):
+    """Reads all of them."""
+
+    def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return logits.argmax()[None], logits
+
+    def on_host(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return tensors[1]
 
 
 def policy_on(device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_decoding
-from ggro_hf import PREFIX_ATTENTION, Greedy, pack_branches
+from ggro_hf import PREFIX_ATTENTION, Greedy, decode_step, pack_branches
 from ggro_hf.cache import RewindableCache
-from ggro_hf.decoding import base
 from ggro_hf.transfer import to_host
 from tests.ggro_hf.device_cases import (
     CPU,
@@ -22,6 +21,7 @@ from tests.ggro_hf.device_cases import (
     reward_on,
 )
 from tests.ggro_hf.pretend_gpu import DEVICE, NAME, OnPretendGPU, pretend_gpu
+from tests.ggro_hf.replayed import Replayed, replaying
 from tests.ggro_hf.small_models import PAD
 
 
@@ -61,10 +61,46 @@ def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, na
     scored = sum(bool(c.proposal_scores) for segment in actual.trace.segments for c in segment.candidates)
     passes = on_policy * policy_passes.count + on_reward * (reward_passes.count + scored)
     assert transfers.uploads == passes
-    # Logits are read once after every pass; the later samples of best-of-n read those of the prompt again.
-    again = decoder.samples - 1 if name == "best-of-n" else 0
-    assert transfers.reads == passes + on_policy * again
+    # Logits are read once after every pass.
+    assert transfers.reads == passes
     assert policy_passes.count > 5
+
+
+@pytest.mark.parametrize("name", ["greedy", "sample", "ggro"])
+def test_captured_steps_cross_to_the_host_once_a_token(expected, monkeypatch, name):
+    captured, ordinary = [], []
+
+    def capture(function, device):
+        def without_transfers():
+            before = (transfers.reads, transfers.uploads)
+            results = function()
+            assert (transfers.reads, transfers.uploads) == before
+            return results
+
+        captured.append(Replayed(without_transfers, device))
+        return captured[-1]
+
+    def forward(*args):
+        ordinary.append(args)
+        return decode_step.forward(*args)
+
+    monkeypatch.setattr("ggro_hf.policy.forward", forward)
+    with pretend_gpu() as transfers, replaying(NAME, capture):
+        policy, reward = policy_on(DEVICE), reward_on(CPU)
+        decoder = DECODERS[name](reward)
+        decoder.respond(request(policy, name))
+        transfers.clear()
+        ordinary.clear()
+        replays = captured[0].replays
+        actual = decoder.respond(request(policy, name))
+        steps = captured[0].replays - replays
+    assert_same(actual, expected[name], 1e-5)
+    assert (len(captured), len(ordinary)) == (2, 1)
+    assert actual.counters.policy_tokens == len(PROMPT) + steps
+    assert transfers.reads == steps + 1
+    # The prompt, and every token that is not the one the device went on with: the first, drawn and forced ones.
+    chosen = {"greedy": 1, "sample": steps}.get(name)
+    assert transfers.uploads == 1 + chosen if chosen else transfers.uploads < steps / 2
 
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "best-of-n", "ggro"])
@@ -166,13 +202,13 @@ def test_it_counts_every_way_to_read_and_to_write():
 
 
 def test_a_decoder_that_forgets_the_device_fails(monkeypatch):
-    monkeypatch.setattr("ggro_hf.policy.to_device", lambda ids, device: torch.tensor(ids))
+    monkeypatch.setattr("ggro_hf.decode_step.to_device", lambda ids, device: torch.tensor(ids))
     with pretend_gpu(), pytest.raises(RuntimeError, match="same device"):
         Greedy().respond(request(policy_on(DEVICE)))
 
 
 def test_a_decoder_that_reads_piece_by_piece_is_counted(monkeypatch):
-    monkeypatch.setattr(base, "to_host", lambda *tensors: [tensor.cpu() for tensor in tensors])
+    monkeypatch.setattr("ggro_hf.policy.to_host", lambda *tensors: [tensor.cpu() for tensor in tensors])
     with pretend_gpu() as transfers:
         policy = policy_on(DEVICE)
         transfers.clear()

@@ -167,6 +167,26 @@ def test_pack_branches() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("prefix", [3, WINDOW + 5])
+def test_a_branch_is_kept_without_computing_it_again(family: str, prefix: int) -> None:
+    model, plain = model_with(family, PREFIX_ATTENTION), model_with(family, "eager")
+    cache = RewindableCache(model.config)
+    kept = tokens(prefix)
+    model(input_ids=torch.tensor([kept]), past_key_values=cache)
+    # Longer than what is between the branch and its place, and shorter.
+    for chosen in (3, 1, 0, 4, 1):
+        model(**pack_branches(BRANCHES, len(kept)), past_key_values=cache)
+        start = len(kept) + sum(map(len, BRANCHES[:chosen]))
+        cache.keep_branch(len(kept), start, start + len(BRANCHES[chosen]))
+        kept = kept + BRANCHES[chosen]
+        assert cache.get_seq_length() == len(kept)
+    logits = model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits[0, -1]
+    expected = plain(input_ids=torch.tensor([[*kept, 9]]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MODELS)
 def test_padding_is_refused(family: str) -> None:
     model = model_with(family, PREFIX_ATTENTION)
     input_ids = torch.tensor([tokens(6), tokens(7)[:6]])
@@ -187,6 +207,10 @@ def test_what_it_does_not_compute_is_refused() -> None:
             model(input_ids=input_ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
         with pytest.raises(ValueError, match="needs a cache that ends with the new tokens, not a static one"):
             model(input_ids=input_ids, past_key_values=StaticCache(model.config, max_cache_len=16))
+        filled = StaticCache(model.config, max_cache_len=16)
+        model_with("llama", "sdpa")(input_ids=input_ids, past_key_values=filled)
+        with pytest.raises(ValueError, match="needs a cache that ends with the new tokens, not a static one"):
+            model(input_ids=input_ids[:, :1], past_key_values=filled)
         with pytest.raises(ValueError, match="causal and sliding-window attention only"):
             model(input_ids=input_ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
         with pytest.raises(ValueError, match="does not compute attention with s_aux"):

@@ -408,7 +408,7 @@ def test_doctor_passes_here_and_checks_a_pair(models, capsys):
     code, out, _ = run(capsys, "doctor", *pair(models))
     assert code == 0
     assert "all checks passed" in out
-    for shown in (torch.__version__, "entropy_topk, reference: 24 cases ok", "LlamaForCausalLM"):
+    for shown in (torch.__version__, "entropy_topk, reference: 24 cases ok", "LlamaForCausalLM", "decodes by: "):
         assert shown in out
 
 

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from ggro_hf import demo_models
+from transformers import PreTrainedModel
+
+from ggro_hf import Greedy, demo_models, step_pool
 from ggro_hf.cli.errors import CommandError
 from ggro_hf.cli.models import default_device, load_policy, load_reward
 from ggro_hf.cli.self_check import check_kernels
-from ggro_hf.decoding.base import end_of_sequence_ids
+from ggro_hf.decoding.base import Request, end_of_sequence_ids
 from ggro_hf.policy import context_length
 from ggro_kernels import info
 
@@ -65,12 +67,13 @@ def _check_pair(title: str, policy_name: str, reward_name: str) -> bool:
             "context": context_length(policy.model),
             "end of sequence": sorted(end_of_sequence_ids(policy.model))
             or "none: responses end at max_new_tokens only",
+            "decodes by": _decoding(policy.model),
             "chat template": "yes" if policy.tokenizer.chat_template else "no: prompts are continued as they are",
         }
         _print_tree({"policy": facts}, indent="   ")
         reward = load_reward(reward_name, None, default_device())
         reward.check_tokenizer(policy.tokenizer)
-    except (CommandError, ValueError) as error:
+    except (CommandError, FloatingPointError, ValueError) as error:
         print(f"   └─ FAILED: {error}")
         return False
     facts = {
@@ -85,6 +88,12 @@ def _check_pair(title: str, policy_name: str, reward_name: str) -> bool:
     }
     _print_tree({"reward": facts}, indent="   ", last=True)
     return True
+
+
+def _decoding(model: PreTrainedModel) -> str:
+    # Three tokens: the second is the first to follow one that the response has.
+    Greedy().respond(Request(model, [0, 0], 3, frozenset()))
+    return step_pool.describe(model)
 
 
 def _print_tree(tree: Mapping[str, Any], indent: str = "", *, last: bool = False) -> None:

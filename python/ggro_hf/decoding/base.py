@@ -1,10 +1,10 @@
-"""What all decoders share: the ways to call one, the stopping rules, and reading next-token distributions."""
+"""What all decoders share: the ways to call one, and the stopping rules."""
 
 import resource
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -23,54 +23,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.policy import Policy, check_policy, context_length
 from ggro_hf.prompts import Prompt, encode_prompt
+from ggro_hf.reading import Reader
 from ggro_hf.results import Counters, DecoderOutput, FinishReason, Generation
-from ggro_hf.transfer import to_device, to_host
-from ggro_kernels import entropy_topk
+from ggro_hf.transfer import to_device
 
 # Sampling settings that many checkpoints carry in their generation_config; they do not move the argmax of raw logits.
 _SAMPLING_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
-# `entropy_topk` selects up to this many; more candidates than that are a full sort.
-_LARGEST_KERNEL_K = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """What is kept of one row of logits: entropy (nats), logsumexp, and the likeliest tokens in order."""
-
-    entropy: float
-    logsumexp: float
-    tokens: list[int]
-    logits: list[float]
-
-    def log_probability(self, token: int) -> float:
-        """Log-probability of one of `tokens`."""
-        return self.logits[self.tokens.index(token)] - self.logsumexp
-
-
-def read_position(logits: torch.Tensor, k: int, entropy: torch.Tensor | None = None) -> Position:
-    """Entropy and top-`k` of one row of logits `[V]` in one pass, and one transfer to the host.
-
-    `entropy`, fp32 without dimensions, stands in for that of the kernel. Raises FloatingPointError where the logits
-    hold NaN or +inf, or nothing finite.
-    """
-    top = entropy_topk(logits[None], min(k, _LARGEST_KERNEL_K))
-    values, indices = top.values[0], top.indices[0]
-    if k > _LARGEST_KERNEL_K:
-        values, indices = (ordered[:k] for ordered in logits.sort(descending=True, stable=True))
-    entropies = top.entropy if entropy is None else entropy
-    tokens, logsumexp, entropies, values = to_host(indices, top.logsumexp, entropies, values)
-    return Position(checked_entropy(entropies.item()), logsumexp.item(), tokens.tolist(), values.tolist())
-
-
-def checked_entropy(entropy: float) -> float:
-    """Raise FloatingPointError for the entropy of logits that hold NaN or +inf, or nothing finite."""
-    if entropy != entropy:
-        raise FloatingPointError(
-            "the policy's logits hold NaN, +inf or no finite value; its weights or its dtype cannot carry this input "
-            "(try dtype=torch.float32)"
-        )
-    return entropy
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +123,11 @@ class Decoder(ABC):
             self.streamer.put(torch.tensor(token_ids, device="cpu"))
 
 
-def open_policy(request: Request, counters: Counters) -> Policy:
+def open_policy(request: Request, counters: Counters, reader: Reader[T]) -> Policy[T]:
     """A policy with the prompt in its cache, and room for the response."""
-    policy = Policy(request.model, counters, capacity=len(request.prompt_ids) + request.max_new_tokens)
+    policy = Policy(request.model, counters, reader, capacity=len(request.prompt_ids) + request.max_new_tokens)
     with counters.phase("prefill"):
         policy.extend(list(request.prompt_ids))
-        policy.wait()
     return policy
 
 

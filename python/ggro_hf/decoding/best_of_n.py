@@ -4,7 +4,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.decoding.base import Decoder, Request, check_context, open_policy
-from ggro_hf.decoding.sample import draw_response, row_generator, sampling_warpers
+from ggro_hf.decoding.sample import Warped, draw_response, row_generator
 from ggro_hf.results import Candidate, Counters, Generation, Segment, Trace
 from ggro_hf.rewards import RewardModel, RewardPrefix
 
@@ -32,7 +32,7 @@ class BestOfN(Decoder):
             raise ValueError(f"samples is {samples}, but must be at least 1")
         self.reward = reward
         self.samples = samples
-        self.warpers = sampling_warpers(temperature, top_k, top_p)
+        self.reader = Warped(temperature, top_k, top_p)
         self.seed = seed
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
@@ -42,8 +42,8 @@ class BestOfN(Decoder):
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
         check_context(self.reward.model, request, "reward model")
-        policy = open_policy(request, counters)
-        first_logits = policy.logits
+        policy = open_policy(request, counters, self.reader)
+        opening = policy.position
         prefix = RewardPrefix(self.reward, counters, len(request.prompt_ids) + request.max_new_tokens)
         with counters.phase("reward"):
             prefix.extend(list(request.prompt_ids))
@@ -51,9 +51,9 @@ class BestOfN(Decoder):
         candidates = []
         for _ in range(self.samples):
             policy.rewind(len(request.prompt_ids))
-            policy.logits = first_logits
+            policy.position = opening
             with counters.phase("decode"):
-                token_ids, entropies = draw_response(policy, request, self.warpers, generator)
+                token_ids, entropies = draw_response(policy, request, generator)
             with counters.phase("reward"):
                 reward = prefix.score(token_ids).reward
             candidates.append(Candidate(tuple(token_ids), tuple(entropies), reward, token_ids[-1] in request.eos_ids))

@@ -6,11 +6,12 @@ from typing import Any, Self
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Decoder, Request, check_context, finish_reason, open_policy, read_position
+from ggro_hf.decoding.base import Decoder, Request, check_context, finish_reason, open_policy
 from ggro_hf.decoding.presets import PRESETS
-from ggro_hf.decoding.released import decode_as_released, released_rules
+from ggro_hf.decoding.released import ClampedTopK, decode_as_released, released_rules
 from ggro_hf.decoding.segment_search import EndRules, SearchSettings, SegmentSearch
 from ggro_hf.prompts import Prompt, released_prompt
+from ggro_hf.reading import Position, Reader, TopK
 from ggro_hf.results import Counters, Generation, Trace
 from ggro_hf.rewards import RewardModel, RewardPrefix
 
@@ -119,10 +120,11 @@ class GGRO(Decoder):
         check_context(self.reward.model, request, "reward model")
         if self.as_released:
             assert self.tokenizer is not None
-            search = self._open_search(request, counters, released_rules(self.tokenizer, request.eos_ids))
+            rules = released_rules(self.tokenizer, request.eos_ids)
+            search = self._open_search(request, counters, rules, ClampedTopK(self.candidates))
             return decode_as_released(request, self.tokenizer, search, self.insertion_offset, self._stream)
-        rules = EndRules(request.eos_ids, lambda token_ids: token_ids[-1] in request.eos_ids, read_position)
-        search = self._open_search(request, counters, rules)
+        rules = EndRules(request.eos_ids, lambda token_ids: token_ids[-1] in request.eos_ids)
+        search = self._open_search(request, counters, rules, TopK(self.candidates))
         trace = Trace()
         token_ids: list[int] = []
         while not search.complete:
@@ -134,18 +136,19 @@ class GGRO(Decoder):
             request.prompt_ids, token_ids, finish_reason(token_ids, request), search.reward, trace, counters
         )
 
-    def _open_search(self, request: Request, counters: Counters, rules: EndRules) -> SegmentSearch:
+    def _open_search(
+        self, request: Request, counters: Counters, rules: EndRules, reader: Reader[Position]
+    ) -> SegmentSearch:
         """A search whose models hold the prompt."""
         settings = SearchSettings(
             entropy_threshold=self.entropy_threshold,
             refinements=self.refinements,
-            candidates=self.candidates,
             check_every=self.check_every,
             nudge_tokens=self.nudge_tokens,
             perplexity_ratio=self.perplexity_ratio,
             total=len(request.prompt_ids) + request.max_new_tokens,
         )
-        policy = open_policy(request, counters)
+        policy = open_policy(request, counters, reader)
         prefix = RewardPrefix(self.reward, counters, capacity=settings.total)
         with counters.phase("reward"):
             prefix.extend(list(request.prompt_ids))

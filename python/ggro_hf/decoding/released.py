@@ -1,16 +1,28 @@
 """GGRO exactly as its authors released it: the state between segments is text, decoded and tokenised again."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Position, Request, read_position
+from ggro_hf.decoding.base import Request
 from ggro_hf.decoding.segment_search import EndRules, SegmentSearch
 from ggro_hf.prompts import END_OF_TURN, released_response
+from ggro_hf.reading import TopK
 from ggro_hf.results import Generation, Trace
 
 _SMALLEST_PROBABILITY = 1e-9
+
+
+@dataclass(frozen=True)
+class ClampedTopK(TopK):
+    """The entropy is that of clamped probabilities."""
+
+    def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        indices, logsumexp, _, values = super().on_device(logits)
+        probabilities = torch.softmax(logits.float(), dim=-1).clamp_min(_SMALLEST_PROBABILITY)
+        return indices, logsumexp, -(probabilities * probabilities.log()).sum(), values
 
 
 class NoProgressError(RuntimeError):
@@ -28,7 +40,7 @@ def released_rules(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int]) 
         before, after = (str(tokenizer.decode(tokens)).count(END_OF_TURN) for tokens in (recent[:-1], recent))
         return after > before
 
-    return EndRules(frozenset([tokenizer.eos_token_id]), stop, _read_clamped)
+    return EndRules(frozenset([tokenizer.eos_token_id]), stop)
 
 
 def decode_as_released(
@@ -85,12 +97,6 @@ def decode_as_released(
         counters=search.counters,
         text=released_response(text),
     )
-
-
-def _read_clamped(logits: torch.Tensor, k: int) -> Position:
-    probabilities = torch.softmax(logits.float(), dim=-1).clamp_min(_SMALLEST_PROBABILITY)
-    entropy = -(probabilities * probabilities.log()).sum()
-    return read_position(logits, k, entropy)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

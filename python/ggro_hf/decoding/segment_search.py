@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ggro_hf.cache import Branch
-from ggro_hf.decoding.base import Position
 from ggro_hf.policy import Policy
+from ggro_hf.reading import Position
 from ggro_hf.results import Candidate, Counters, Segment
 from ggro_hf.rewards import RewardPrefix
 from ggro_hf.transfer import to_device
@@ -26,15 +26,14 @@ _CURRENT_TOKEN_FACTOR = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class EndRules:
-    """What ends a segment and a response, and how logits are read; our own rules and the released ones differ here.
+    """What ends a segment and a response; our own rules and the released ones differ here.
 
     `stop` says whether the last of a few tokens ends the segment whatever the entropy, `finish_ids` which last tokens
-    finish the response, `read` turns logits `[V]` into a position with that many tokens.
+    finish the response.
     """
 
     finish_ids: frozenset[int]
     stop: Callable[[list[int]], bool]
-    read: Callable[[torch.Tensor, int], Position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,6 @@ class SearchSettings:
 
     entropy_threshold: float
     refinements: int
-    candidates: int
     check_every: int
     nudge_tokens: int
     perplexity_ratio: float | None
@@ -84,15 +82,19 @@ class SegmentSearch:
     """
 
     def __init__(
-        self, settings: SearchSettings, rules: EndRules, policy: Policy, prefix: RewardPrefix, counters: Counters
+        self,
+        settings: SearchSettings,
+        rules: EndRules,
+        policy: Policy[Position],
+        prefix: RewardPrefix,
+        counters: Counters,
     ) -> None:
         self.counters = counters
         self._settings = settings
         self._rules = rules
         self._policy = policy
         self._prefix = prefix
-        with counters.phase("prefill"):
-            self._opening: Position | None = self._read(policy.logits)
+        self._opening: Position | None = policy.position
 
     @property
     def complete(self) -> bool:
@@ -115,7 +117,7 @@ class SegmentSearch:
         """Make `token_ids` the sequence of both models, recomputing what follows the longest common prefix."""
         if token_ids != self._policy.token_ids or self.complete:
             with self.counters.phase("prefill"):
-                self._opening = self._read(self._policy.move_to(token_ids))
+                self._opening = self._policy.move_to(token_ids)
         with self.counters.phase("reward"):
             self._prefix.move_to(token_ids)
 
@@ -183,21 +185,25 @@ class SegmentSearch:
                     or self._uncertain(position, len(token_ids))
                 ):
                     break
-                position = self._read(policy.extend([token]))
+                # The token after the next will be wanted where the next is neither forced nor able to end the segment.
+                decoded = len(token_ids) + 1
+                free = decoded - offset > len(forced) and not self._checked(decoded)
+                position = policy.extend([token], run_ahead=free and start + decoded < settings.total)
         finished = token in rules.finish_ids
         if finished or complete:
             return _Pass(token_ids, positions, finished, forced, None, None)
         return _Pass(token_ids[:-1], positions[:-1], False, forced, position, token)
 
-    def _read(self, logits: torch.Tensor) -> Position:
-        return self._rules.read(logits, self._settings.candidates)
-
     def _uncertain(self, position: Position, decoded: int) -> bool:
+        return self._checked(decoded) and position.entropy >= self._settings.entropy_threshold
+
+    def _checked(self, decoded: int) -> bool:
+        """Whether the entropy of that many tokens' last may end the segment."""
         settings = self._settings
         return (
             decoded >= _TOKENS_BEFORE_STOP
             and decoded % settings.check_every == 0
-            and position.entropy >= settings.entropy_threshold
+            and settings.entropy_threshold < math.inf
         )
 
     def _score(self, candidate: _Pass, offset: int, shared: int, last: bool) -> None:

@@ -1,0 +1,170 @@
+"""One token through a model at fixed addresses: captured once, replayed for every token at the cost of a launch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ggro_hf.attention import PREFIX_ATTENTION
+from ggro_hf.cache import RewindableCache
+from ggro_hf.graphs import CAPTURES, Captured
+from ggro_hf.reading import Reader
+from ggro_hf.transfer import Transfer, pack, to_device
+
+_MOST_READERS = 8
+
+# How far the captured pass's logits may be from the ordinary one's, relative to the largest (at least 1).
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+
+
+class CaptureError(RuntimeError):
+    """Why a model's pass cannot be captured."""
+
+
+class _Ahead(NamedTuple):
+    """A step that was launched before anybody asked for it."""
+
+    token: int
+    position: int
+    reader: Reader[Any]
+    transfer: Transfer
+
+
+class DecodeStep:
+    """The pass of a model over one token behind the prefix in `cache`, and the ways to read its logits.
+
+    The token, its position and the logits are tensors that stay where they are; the pass writes keys and values to the
+    row that the position names. Reading the logits makes the likeliest token the next one and moves the position on, so
+    that the next replay needs nothing of the host.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: RewindableCache,
+        attention: str,
+        token_ids: list[int],
+        expected: torch.Tensor,
+    ) -> None:
+        """Capture the pass with that attention implementation over the last of `token_ids`, the others being cached.
+
+        The model is not kept. Raises whatever keeps its pass from being captured, and CaptureError unless a replay
+        gives about the `expected` logits.
+        """
+        device = device_of(model)
+        self.rows = cache.rows
+        self.launches = 0
+        # Token, position, the buffers' last row.
+        self._inputs = torch.tensor([0, 0, self.rows - 1], device="cpu").to(device)
+        self._held: tuple[int, int] | None = None
+        self._ahead: _Ahead | None = None
+        self._readings: dict[Reader[Any], Captured[tuple[torch.Tensor, ...]]] = {}
+        self._place(token_ids[-1], len(token_ids) - 1)
+        static = cache.static(self._inputs[1:], masked=attention != PREFIX_ATTENTION)
+        token, position = self._inputs[:1, None], self._inputs[1:2, None]
+
+        @torch.inference_mode()
+        def one_token() -> torch.Tensor:
+            with _attending(model, attention):
+                output = model(
+                    input_ids=token, position_ids=position, past_key_values=static, use_cache=True, logits_to_keep=1
+                )
+            logits: torch.Tensor = output.logits[0, -1]
+            return logits
+
+        self._forward: Captured[torch.Tensor] = CAPTURES[device.type](one_token, device)  # type: ignore[assignment]
+        self._forward.replay()
+        _check(self._forward.outputs, expected)
+
+    def prepare(self, reader: Reader[Any]) -> None:
+        """Make sure that `run` can read with that reader. Raises whatever keeps it from being captured."""
+        if reader in self._readings:
+            return
+        inputs, logits = self._inputs, self._forward.outputs
+
+        @torch.inference_mode()
+        def read() -> tuple[torch.Tensor, ...]:
+            tensors = reader.on_device(logits)
+            inputs[:1].copy_(tensors[0][:1])
+            inputs[1:2].add_(1)
+            return pack(tensors), *tensors
+
+        self.stop()
+        reading: Any = CAPTURES[inputs.device.type](read, inputs.device)
+        self._held = None
+        while len(self._readings) >= _MOST_READERS:
+            del self._readings[next(iter(self._readings))]
+        self._readings[reader] = reading
+
+    def run(self, token: int, position: int, reader: Reader[Any], *, run_ahead: bool) -> list[torch.Tensor]:
+        """What the reader makes of the logits after `token` at that position, on the host.
+
+        With `run_ahead` the step of the token that follows if the likeliest does is launched too, before the host waits
+        for this one. Until the next call, everything before that position must stay as it is, or `stop` be called.
+        """
+        if self._ahead is not None and self._ahead[:3] == (token, position, reader):
+            transfer = self._ahead.transfer
+        else:
+            self._place(token, position)
+            transfer = self._launch(reader)
+        following = self._launch(reader) if run_ahead else None
+        tensors = transfer.wait()
+        likeliest = int(tensors[0][0])
+        self._ahead = None if following is None else _Ahead(likeliest, position + 1, reader, following)
+        self._held = (likeliest, position + 1) if following is None else None
+        return tensors
+
+    def stop(self) -> None:
+        """Drop the step that was launched ahead, if one was."""
+        self._ahead = None
+
+    def _place(self, token: int, position: int) -> None:
+        if self._held != (token, position):
+            self._inputs[:2].copy_(torch.tensor([token, position], device="cpu"), non_blocking=True)
+            self._held = (token, position)
+
+    def _launch(self, reader: Reader[Any]) -> Transfer:
+        reading = self._readings[reader]
+        self._forward.replay()
+        reading.replay()
+        self._held = None
+        self.launches += 1
+        packed, *tensors = reading.outputs
+        return Transfer(packed, tensors)
+
+
+def _check(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    finite = expected.isfinite()
+    scale = expected[finite].abs().amax().clamp(min=1.0) if finite.any() else 1.0
+    near = (logits - expected)[finite].abs() <= _TOLERANCE[expected.dtype] * scale
+    if not near.all() or not logits.isfinite().equal(finite):
+        raise CaptureError("its captured pass gives other logits than its forward")
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    previous = model.config._attn_implementation
+    if implementation == previous:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def forward(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]) -> torch.Tensor:
+    """The ordinary pass: append tokens to the cache and return the logits `[V]` after the last."""
+    inputs = to_device([token_ids], device_of(model))
+    logits: torch.Tensor = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[0, -1]
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids."""
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    return device
