@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     usages = measured()
     if options.record:
-        budget.write(budget.recorded(usages, nvcc_release()), PATH)
+        budget.write(budget.recorded(usages, nvcc_release(), budget.read(PATH)), PATH)
     return report(budget.read(PATH), usages, nvcc_release())
 
 

@@ -61,14 +61,17 @@ def wide(usage: Usage) -> frozenset[str]:
     return frozenset(what for what, widths in moved.items() if max(widths, default=0) >= WIDE)
 
 
-def recorded(usages: Iterable[Usage], release: str) -> Budget:
-    """The budget that these kernels just keep."""
+def recorded(usages: Iterable[Usage], release: str, before: Budget | None = None) -> Budget:
+    """The budget that these kernels just keep; what had to move 16 bytes at a time `before` still has to."""
     registers: dict[str, dict[str, int]] = {}
     wides: dict[str, frozenset[str]] = {}
     for usage in usages:
         allotted = -(-usage.registers // ALLOTTED) * ALLOTTED
         registers.setdefault(usage.kernel, {})[usage.architecture] = allotted
         wides[usage.kernel] = wides.get(usage.kernel, frozenset({"loads", "stores"})) & wide(usage)
+    kept = {} if before is None else before.lines
+    for kernel in wides.keys() & kept.keys():
+        wides[kernel] |= kept[kernel].wide
     return Budget(release, {kernel: Line(registers[kernel], wides[kernel]) for kernel in sorted(registers)})
 
 

@@ -122,6 +122,14 @@ def test_a_budget_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert kept.lines and all(line.registers.keys() >= {"sm_80", "sm_90a"} for line in kept.lines.values())
 
 
+def test_recording_anew_keeps_what_must_be_wide() -> None:
+    narrow = replace(USAGE, registers=50, loads=Counter({4: 9}), stores=Counter())
+    again = budget.recorded([narrow], "13.1", BUDGET)
+    assert again.lines["a: K<float>"] == budget.Line({"sm_80": 56}, frozenset({"loads", "stores"}))
+    assert again.faults(narrow) == ["no 16-byte loads", "no 16-byte stores"]
+    assert not budget.recorded([narrow], "13.1").lines["a: K<float>"].wide
+
+
 def test_every_source_is_in_the_budget() -> None:
     kept = {kernel.partition(":")[0] for kernel in budget.read(main.PATH).lines}
     assert kept == {path.stem for path in compilation.ROOT.glob("csrc/cuda/*.cu")}
