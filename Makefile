@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Which Python `make build` builds the extension for.
 BUILD_PYTHON ?= $(CURDIR)/$(BIN)/python
+# Whether it compiles the CUDA kernels: AUTO (where nvcc is found), ON or OFF.
+GGRO_CUDA ?= AUTO
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 AARCH64_OBJECTS := $(patsubst csrc/%.cpp,build/aarch64/%.o,csrc/dispatch.cpp csrc/errors.cpp $(wildcard csrc/cpu/*.cpp))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/ggro/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 C_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test emulation test-asan triton-cubins gpu-check check-aarch64 lint format bench readme-table clean
+.PHONY: help build demo test emulation test-asan triton-cubins cuda-budget gpu-check check-aarch64 lint format bench readme-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,7 +20,7 @@ help:  ## list the targets
 build:  ## rebuild the extension in place after a change of csrc
 	PATH="$(dir $(BUILD_PYTHON)):$$PATH" cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/ggro_kernels" -DPython_EXECUTABLE="$(BUILD_PYTHON)" \
-	  -Dpybind11_DIR="$$($(BUILD_PYTHON) -m pybind11 --cmakedir)"
+	  -Dpybind11_DIR="$$($(BUILD_PYTHON) -m pybind11 --cmakedir)" -DGGRO_CUDA=$(GGRO_CUDA)
 	PATH="$(dir $(BUILD_PYTHON)):$$PATH" cmake --build build/dev
 
 demo: .venv/installed  ## GGRO beside its baselines on the embedded models; writes report.html
@@ -37,6 +39,9 @@ test-asan: .venv/installed  ## the kernel tests under AddressSanitizer and Undef
 
 triton-cubins: .venv/installed  ## the Triton kernels compile for sm_80, sm_90 and sm_100, without a spill
 	$(BIN)/python -m tests.cubins
+
+cuda-budget: .venv/installed  ## the CUDA kernels, compiled by nvcc where there is one, keep their budget of registers
+	$(BIN)/python -m tests.cuda_budget
 
 # Works without .venv: a machine with a GPU may have no network to create it from.
 gpu-check:  ## on a machine with an NVIDIA GPU: build, tests, benchmarks, report; some of them: STEPS="tests report"

@@ -5,18 +5,18 @@ CSV. With one thread the clock is the CPU time of the process, with more it is w
 the read bandwidth, or of the rate of a large matrix product where arithmetic binds, both measured in the same run.
 
 `--device cuda` runs the cases of a GPU's size there, timed by CUDA events, without launches: with a cold L2 cache, and
-what fits it also with a warm one and within a CUDA graph. The bandwidth is that of a copy within its memory.
+what fits it also with a warm one and within a CUDA graph. The bandwidth is that of a copy within its memory. Ours are
+the CUDA kernels where the op has them and they run, with the Triton kernels beside them; else the Triton kernels.
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import gate, report, session
+from benchmarks import gate, report, session, targets
 from benchmarks.base import compare
 from benchmarks.gpu import session as gpu_session
 from benchmarks.memory import measure_peaks
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if results is None:
         return 0
-    print(f"\n{format_report(results)}")
+    print("\n".join(["", format_report(results), *targets.lines(results)]))
     full = not (arguments.quick or arguments.op or arguments.threads)
     kept = session.ROOT / "benchmarks" / "results" / results.machine["kind"]
     output = arguments.output or (kept if full else None)
@@ -109,9 +109,7 @@ def on_cpu(arguments: argparse.Namespace) -> BenchmarkReport | None:
 def on_gpu(arguments: argparse.Namespace) -> BenchmarkReport:
     """The results."""
     if tests_come_first(arguments):
-        gate.require_green_tests(gate.KERNEL_TESTS, "-k", "triton")
-    # An op that Triton cannot run is an error then, not measured as the eager reference.
-    os.environ.setdefault("GGRO_IMPL", "triton")
+        gate.require_green_tests(gate.KERNEL_TESTS, "-k", "triton or cuda")
     settings = gpu_session.Settings(arguments.op, arguments.quick, budget=arguments.budget or float("inf"))
     if arguments.quick:
         settings = replace(settings, rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS)

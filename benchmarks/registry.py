@@ -10,8 +10,8 @@ import importlib.util
 import pkgutil
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ import benchmarks.ops
 import ggro_kernels
 
 OURS = "ggro"
+TRITON = "ggro, Triton"
+"""Our Triton kernels, beside our CUDA kernels."""
 
 Inputs = dict[str, Any]
 
@@ -41,6 +43,8 @@ class Provider:
     """Does a part of the work only: the times of the parts together are what the whole may take."""
     available: Callable[[], bool] = always
     """False where this machine lacks what it needs: a library, a compiler, a GPU."""
+    of_impl: Callable[[str], Callable[..., Any]] | None = None
+    """Of our kernel: the function with an `impl`."""
 
     def bind(self, inputs: Inputs) -> Callable[[], Any]:
         """The call to be timed."""
@@ -83,7 +87,44 @@ class Case:
 def ours(op: str, wrap: Callable[[Any], Callable[..., Any]] | None = None) -> Provider:
     """The kernel of this project, `wrap` around it; not available in a version that does not have the op yet."""
     kernel = getattr(ggro_kernels, op, None)
-    return Provider(OURS, wrap(kernel) if wrap else kernel, available=lambda: kernel is not None)
+
+    @cache
+    def of_impl(impl: str) -> Callable[..., Any]:
+        named = partial(kernel, impl=impl)
+        return wrap(named) if wrap else named
+
+    return Provider(OURS, wrap(kernel) if wrap else kernel, available=lambda: kernel is not None, of_impl=of_impl)
+
+
+def on_gpu(case: Case) -> Case:
+    """The case with our kernels for a GPU: those of CUDA and of Triton where both run, never the eager reference."""
+    providers = []
+    for provider in case.providers:
+        providers += [provider] if provider.of_impl is None else _gpu_providers(case.op, provider, provider.of_impl)
+    return replace(case, providers=tuple(providers))
+
+
+def _gpu_providers(op: str, ours: Provider, of_impl: Callable[[str], Callable[..., Any]]) -> list[Provider]:
+    """What `impl="auto"` runs on a GPU, and Triton's where that is something else. Triton's are asked for by name."""
+
+    def automatic(**inputs: Any) -> Any:
+        return of_impl("native" if runs_cuda_kernels(op) else "triton")(**inputs)
+
+    def triton(**inputs: Any) -> Any:
+        return of_impl("triton")(**inputs)
+
+    return [
+        replace(ours, function=automatic, of_impl=None),
+        replace(ours, name=TRITON, function=triton, of_impl=None, available=lambda: runs_cuda_kernels(op)),
+    ]
+
+
+def runs_cuda_kernels(op: str) -> bool:
+    """Whether the extension has CUDA kernels of the op that run on the current GPU."""
+    # Not every version of ggro_kernels that is measured has them.
+    from ggro_kernels import dispatch, library
+
+    return library.has_cuda_kernels(op) and dispatch.cuda_error() is None
 
 
 def compiled(function: Callable[..., Any]) -> Provider:
@@ -112,7 +153,7 @@ def load_cases(ops: Iterable[str] | None = None, *, gpu: bool = False) -> list[C
     Raises:
         ValueError: no module has cases of an op named.
     """
-    cases = [case for module in _modules() for case in (module.GPU_CASES if gpu else module.CASES)]
+    cases = [case for module in _modules() for case in (map(on_gpu, module.GPU_CASES) if gpu else module.CASES)]
     if ops is not None:
         known = {case.op for case in cases}
         if unknown := set(ops) - known:

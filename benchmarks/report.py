@@ -62,7 +62,9 @@ def build_gpu_report(session: GpuSession) -> BenchmarkReport:
         for mode in MODES:
             # Memory is the same in every mode.
             rows += case_rows(case, limit, timings, peaks if mode == COLD else {}, mode)
-    machine = {"kind": gpu_kind(session.machine["gpu"]), **session.machine}
+    ops = session.capabilities["ops"].items()
+    by_cuda = [op.partition("::")[2] for op, devices in ops if devices.get("cuda") == "native"]
+    machine = {"kind": gpu_kind(session.machine["gpu"]), **session.machine, "cuda_kernels": " ".join(by_cuda)}
     return _report(session.capabilities, machine, [limit], rows, notes)
 
 

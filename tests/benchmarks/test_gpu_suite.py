@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ggro_kernels
 from benchmarks import __main__ as command
-from benchmarks import ceilings, report
+from benchmarks import ceilings, registry, report, targets
 from benchmarks.gpu import session
 from benchmarks.gpu.contest import Contest, DeviceLost, Entrant, first_line
 from benchmarks.gpu.session import GpuSession, Settings, by_importance
 from benchmarks.readme import markdown, with_table
-from benchmarks.registry import OURS, Case, Provider, load_cases, load_small_cases
+from benchmarks.registry import OURS, TRITON, Case, Provider, load_cases, load_small_cases, on_gpu, ours
 from benchmarks.session import SessionError
 from ggro_hf.report.benchmarks import COLD, GRAPH, MODES, WARM, BenchmarkReport, format_report
 from tests.benchmarks import host
@@ -66,6 +67,36 @@ def test_the_most_important_cases_come_first():
         ceilings.COPY,
         ceilings.MATMUL,
     }
+
+
+def test_ours_are_the_kernels_of_a_gpu_asked_for_by_name(monkeypatch):
+    asked = []
+
+    def kernel(impl, **inputs):
+        asked.append((impl, inputs))
+
+    monkeypatch.setattr(ggro_kernels, "entropy_topk", kernel)
+    case = on_gpu(replace(CASES[0], op="entropy_topk", providers=(ours("entropy_topk"), Provider("other", torch.add))))
+    providers = {provider.name: provider for provider in case.providers}
+    assert list(providers) == [OURS, TRITON, "other"]
+    for runs, expected in ((True, [OURS, TRITON, "other"]), (False, [OURS, "other"])):
+        monkeypatch.setattr(registry, "runs_cuda_kernels", lambda op, runs=runs: runs)
+        assert [provider.name for provider in case.available_providers()] == expected
+        providers[OURS].bind({"k": 3})()
+    providers[TRITON].bind({"k": 3})()
+    assert asked == [("native", {"k": 3}), ("triton", {"k": 3}), ("triton", {"k": 3})]
+    wrapped = ours("entropy_topk", lambda function: lambda **inputs: function(wrapped=True, **inputs))
+    on_gpu(replace(case, providers=(wrapped,))).providers[0].bind({})()
+    assert asked[-1] == ("triton", {"wrapped": True})
+
+
+def test_cuda_kernels_run_where_the_op_has_them_and_the_gpu_takes_them(monkeypatch):
+    assert not registry.runs_cuda_kernels("entropy_topk") or torch.cuda.is_available()
+    monkeypatch.setattr("ggro_kernels.dispatch.cuda_error", lambda: None)
+    assert registry.runs_cuda_kernels("entropy_topk")
+    assert not registry.runs_cuda_kernels("weighted_bt_loss")
+    monkeypatch.setattr("ggro_kernels.dispatch.cuda_error", lambda: "there is no driver")
+    assert not registry.runs_cuda_kernels("entropy_topk")
 
 
 def test_a_library_that_is_not_there_is_left_out():
@@ -188,6 +219,11 @@ def test_a_session_measures_every_case(whole, monkeypatch, tmp_path):
     results = report.build_gpu_report(whole)
     assert results.machine["kind"] == "nvidia-h100-80gb-hbm3"
     assert {row.mode for row in results.rows} == set(MODES) and {row.threads for row in results.rows} == {None}
+    assert results.machine["cuda_kernels"] == ""
+    on_cuda = {op: {"cuda": "triton"} for op in whole.capabilities["ops"]}
+    on_cuda["ggro_kernels::entropy_topk"] = {"cuda": "native"}
+    with_cuda = replace(whole, capabilities={**whole.capabilities, "ops": on_cuda})
+    assert report.build_gpu_report(with_cuda).machine["cuda_kernels"] == "entropy_topk"
     ours = [row for row in results.rows if row.provider == OURS]
     assert len(ours) == 3 * len(small)
     copy = results.ceiling(None).copy_gb_per_s
@@ -253,6 +289,42 @@ def test_a_device_that_does_not_start_is_an_error():
         session.run(Settings(**QUICKLY), host.cannot_start, host.limits_only)
 
 
+# The targets
+
+
+def test_targets_name_rows_of_the_registry():
+    known = {(case.op, case.label, str(case.dtype).removeprefix("torch.")): case for case in CASES}
+    for target in targets.TARGETS:
+        case = known[target.op, target.case, target.dtype]
+        assert target.mode in MODES and target.provider in [provider.name for provider in case.providers]
+        assert (target.least is None) != (target.most is None)
+        if target.mode == GRAPH:
+            # What does not fit the cache is timed cold only: that of an H100 has 50 MiB.
+            assert case.bytes < 50 << 20
+
+
+def test_targets_are_met_missed_or_not_measured(whole, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "load_cases", lambda gpu: list(load_small_cases().values()))
+    results = report.build_gpu_report(whole)
+    row = replace(
+        results.rows[0], op="entropy_topk", case="64 x 128256", dtype="bfloat16", mode=COLD, bandwidth_percent=59.9
+    )
+    one = replace(row, case="1 x 128256", mode=GRAPH, median_us=15.0)
+    measured = replace(results, rows=[replace(row, provider=OURS), replace(one, provider=OURS)])
+    assert targets.lines(measured) == [
+        "targets of an H100, on NVIDIA H100 80GB HBM3:",
+        "not measured  entropy_topk 64 x 128256 bfloat16, cold L2: times as fast as eager >= 8",
+        "missed        entropy_topk 64 x 128256 bfloat16, cold L2: % of the bandwidth of a copy >= 60: 59.9",
+        "met           entropy_topk 1 x 128256 bfloat16, graph: microseconds <= 15: 15",
+    ]
+    eager = replace(row, provider="eager", ratio=8.5)
+    assert targets.lines(replace(measured, rows=[eager]))[1].startswith("met ")
+    report.write(measured, tmp_path)
+    assert targets.main([str(tmp_path / "kernels.json")]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    assert targets.lines(replace(measured, machine={"cpu": "Zen"})) == []
+
+
 # The command
 
 
@@ -271,7 +343,8 @@ def test_the_command_writes_results(gpu, whole, monkeypatch, tmp_path, capsys):
     assert command.main(arguments) == 0
     assert asked == [Settings(budget=90.0)]
     assert BenchmarkReport.load(tmp_path / "new" / "kernels.json").machine["gpu"] == "NVIDIA H100 80GB HBM3"
-    assert "wrote " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "wrote " in printed and "not measured  entropy_topk 64 x 128256" in printed
     command.main(["--device", "cuda", "--quick", "--op", "project_topk"])
     assert asked[1] == Settings(["project_topk"], quick=True, seconds=0.2, rounds=3)
 

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 from tests.cubins.cases import cases
 from tests.cubins.compilation import Cubin, compile_case
+from tests.sass import shown
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -42,12 +43,11 @@ def main() -> int:
         work = [(case, pool.submit(compiled, i, sm)) for i, case in chosen for sm in options.arch]
         for case, result in work:
             for cubin in result.result():
-                loads = " ".join(f"{count}x{width}B" for width, count in sorted(cubin.loads.items(), reverse=True))
                 wrong = faults(cubin, case.wide_loads)
                 failed |= bool(wrong)
                 print(
                     f"{cubin.architecture:>4} {cubin.warps:>5} {cubin.registers:>4} {cubin.shared_bytes:>7} "
-                    f"{cubin.spilled:>6}  {loads:24} {cubin.kernel}, {cubin.case}"
+                    f"{cubin.spilled:>6}  {shown(cubin.loads):24} {cubin.kernel}, {cubin.case}"
                     + "".join(f"  FAILED: {fault}" for fault in wrong),
                     flush=True,
                 )

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ggro_kernels import dispatch
+from tests import sass
 from tests.cubins.cases import Case
-
-BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Cubin:
     shared_bytes: int
     spilled: int
     """Instructions that store to or load from local memory."""
-    loads: dict[int, int]
+    loads: Counter[int]
     """Number of load instructions of global memory by their width in bytes."""
 
 
@@ -84,12 +82,10 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Cubin:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        instructions = _output("nvdisasm", file.name)
-    loads = Counter(
-        int(width or 32) // 8
-        for width in re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z]+)*(?:\.(8|16|64|128))?\b", _widths(instructions))
-    )
+        usage = subprocess.run(
+            [sass.tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        (instructions,) = sass.disassembled(Path(file.name)).values()
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump did not tell the registers of {case}: {usage}")
@@ -100,15 +96,6 @@ def _inspect(case: str, architecture: int, kernel: Any) -> Cubin:
         warps=kernel.metadata.num_warps,
         registers=int(registers[1]),
         shared_bytes=kernel.metadata.shared,
-        spilled=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
-        loads=dict(loads),
+        spilled=sass.spills(instructions),
+        loads=sass.global_loads(instructions),
     )
-
-
-def _output(program: str, *arguments: str) -> str:
-    return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _widths(instructions: str) -> str:
-    """The instructions with `.U8` and `.S16` as `.8` and `.16`, as loads of 64 and 128 bits write their width."""
-    return re.sub(r"\.[US](8|16)\b", r".\1", instructions)

@@ -1,5 +1,7 @@
 """The implementation under test, as the value of `impl=`."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from tests.ggro_kernels.implementations import HAS_GPU, IMPLEMENTATIONS, KERNELS, NATIVE, select, tested_op
@@ -8,10 +10,16 @@ from tests.ggro_kernels.implementations import HAS_GPU, IMPLEMENTATIONS, KERNELS
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`impl` and `kernel_impl` are the CUDA kernels too where a module or a function tests an op that has them."""
     cuda = ("cuda",) if tested_op(metafunc.module.__name__, metafunc.function.__name__) else ()
-    chosen_by_the_test = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen_by_the_test = {name for mark in marks for name in parameter_names(mark.args[0])}
     for fixture, names in (("impl", IMPLEMENTATIONS), ("kernel_impl", KERNELS)):
         if fixture in metafunc.fixturenames and fixture not in chosen_by_the_test:
             metafunc.parametrize(fixture, names + cuda, indirect=True)
+
+
+def parameter_names(argument: str | Sequence[str]) -> list[str]:
+    """What a mark calls "a", "a, b" or ("a", "b")."""
+    return argument.replace(",", " ").split() if isinstance(argument, str) else list(argument)
 
 
 @pytest.fixture

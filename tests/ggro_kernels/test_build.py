@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,54 @@ def test_a_missing_extension_is_reported() -> None:
         ggro_kernels.entropy_topk(torch.randn(2, 30), 3)
         """
     )
+
+
+@pytest.mark.skipif(not hasattr(dispatch._native, "cuda"), reason="the extension was built without its CUDA part")
+def test_the_cuda_part_loads_without_a_driver() -> None:
+    result = run_python(
+        """
+        import torch, ggro_kernels
+        from ggro_kernels import dispatch, info
+        assert dispatch.native_error is None
+        assert dispatch.cuda_error() == "torch sees no GPU", dispatch.cuda_error()
+        assert dispatch.native().cuda.obstacle(0)
+        assert info.capabilities()["cuda_kernels"] == {"loaded": False, "error": "torch sees no GPU"}
+        ggro_kernels.entropy_topk(torch.randn(2, 30), 3, impl="native")
+        """,
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@NEEDS_NATIVE
+def test_an_extension_without_its_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = {name: value for name, value in vars(dispatch.native()).items() if name != "cuda"}
+    monkeypatch.setattr(dispatch, "_native", SimpleNamespace(**extension))
+    dispatch.cuda_error.cache_clear()
+    try:
+        assert "built without its CUDA part: reinstall with nvcc on PATH" in str(dispatch.cuda_error())
+        assert capabilities()["cuda_kernels"] == {"loaded": False, "error": dispatch.cuda_error()}
+        assert torch.equal(entropy_topk(LOGITS, 3, impl="native").indices, entropy_topk(LOGITS, 3).indices)
+        gpu = torch.device("cuda", 0)
+        assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) in ("triton", "reference")
+        with pytest.raises(RuntimeError, match=r"impl='native' is not available: .* without its CUDA part"):
+            dispatch.resolve("native", gpu, torch.float32, cuda=True)
+    finally:
+        dispatch.cuda_error.cache_clear()
+
+
+def test_auto_on_a_gpu_is_native_then_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GGRO_IMPL", raising=False)
+    monkeypatch.setattr(dispatch, "cuda_error", lambda device: None)
+    monkeypatch.setattr(dispatch, "triton_error", None)
+    gpu = torch.device("cuda", 0)
+    assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) == "native"
+    assert dispatch.resolve("auto", gpu, torch.float32, cuda=False) == "triton"
+    assert dispatch.resolve("auto", gpu, torch.float64, cuda=True) == "reference"
+    monkeypatch.setattr(dispatch, "cuda_error", lambda device: "there is no driver")
+    assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) == "triton"
+    monkeypatch.setattr(dispatch, "triton_error", "there is no Triton")
+    assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) == "reference"
 
 
 def test_triton_is_refused_without_a_gpu() -> None:

@@ -1,4 +1,4 @@
-"""The samples of every op on a GPU, with its kernels."""
+"""The samples of every op on a GPU, with each of its kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ggro_kernels import dispatch
 from ggro_kernels.dispatch import KERNEL_DTYPES
+from ggro_kernels.library import has_cuda_kernels
 from tests.conftest import poison
 from tests.ggro_kernels.op_calls import outputs_of
 from tests.ggro_kernels.placed import to_gpu
@@ -29,6 +31,27 @@ KERNEL_SAMPLES = {name: sample for name, sample in SAMPLES.items() if has_kernel
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in KERNEL_SAMPLES.items()])
 
 
+def impls_of(op: str) -> tuple[str, ...]:
+    """The values of `impl=` that run the op's own kernels on a GPU."""
+    return ("triton", "native") if has_cuda_kernels(op) else ("triton",)
+
+
+def requires(impl: str) -> pytest.MarkDecorator:
+    """Skips where there is a GPU on which the extension's kernels do not run."""
+    error = dispatch.cuda_error() if impl == "native" and torch.cuda.is_available() else None
+    return pytest.mark.skipif(error is not None, reason=f"cuda: {error}")
+
+
+with_kernels = pytest.mark.parametrize(
+    "sample, impl",
+    [
+        pytest.param(sample, impl, id=f"{name}-{impl}", marks=requires(impl))
+        for name, sample in KERNEL_SAMPLES.items()
+        for impl in impls_of(sample.function.__name__)
+    ],
+)
+
+
 @dataclass
 class GpuCall:
     """A public function and arguments for it on the GPU, whose values can change in place."""
@@ -37,8 +60,8 @@ class GpuCall:
     arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, sample: OpSample) -> "GpuCall":
-        return cls(sample.function, tree_map_only(torch.Tensor, to_gpu, sample.arguments))
+    def of(cls, sample: OpSample, impl: str = "auto") -> "GpuCall":
+        return cls(partial(sample.function, impl=impl), tree_map_only(torch.Tensor, to_gpu, sample.arguments))
 
     def __call__(self, function: Callable[..., Any] | None = None, **options: Any) -> Any:
         """What the function gives, or what another in its place does."""

@@ -13,6 +13,7 @@ import torch
 import ggro_kernels
 from ggro_kernels import dispatch
 from tests.ggro_kernels import (
+    implementations,
     test_candidate_scores,
     test_entropy_topk,
     test_lm_head_entropy_topk,
@@ -23,7 +24,7 @@ from tests.ggro_kernels import (
     test_weighted_bt_loss,
 )
 from tests.ggro_kernels.op_calls import assert_bitwise_equal, outputs_of
-from tests.gpu.samples import requires_gpu
+from tests.gpu.samples import impls_of, requires_gpu
 
 K = 25
 DTYPES = (torch.bfloat16, torch.float32)
@@ -45,13 +46,29 @@ class Sizes:
 
 
 MINIATURE = Sizes("cpu", "auto", 8, (1000, 1031), 64, 48, 70, (4, 2, 16))
-REAL = Sizes("cuda", "triton", 64, (128256, 151936, 128257), 4096, 1024, 2048, (32, 8, 128))
+REAL = {
+    impl: Sizes("cuda", impl, 64, (128256, 151936, 128257), 4096, 1024, 2048, (32, 8, 128))
+    for impl in ("triton", "native")
+}
 
 
-@pytest.fixture(params=[pytest.param(REAL, id="real", marks=requires_gpu), pytest.param(MINIATURE, id="miniature")])
-def sizes(request: pytest.FixtureRequest) -> Iterator[Sizes]:
+def real_sizes(op: str) -> list[Sizes]:
+    """One for every implementation that an op has on a GPU."""
+    return [REAL[impl] for impl in impls_of(op)]
+
+
+def sizes_of(op: str) -> pytest.MarkDecorator:
+    """The real sizes with every implementation of an op, and the miniature."""
+    real = [pytest.param(sizes, id=f"real-{sizes.impl}", marks=requires_gpu) for sizes in real_sizes(op)]
+    return pytest.mark.parametrize("sizes", [*real, pytest.param(MINIATURE, id="miniature")], indirect=True)
+
+
+@pytest.fixture
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sizes]:
     if request.param is MINIATURE and dispatch.native_error is not None:
         pytest.skip(f"native: {dispatch.native_error}")
+    if request.param is REAL["native"]:
+        implementations.select("cuda", monkeypatch)
     torch.manual_seed(0)
     yield request.param
     if request.param.device == "cuda":
@@ -69,9 +86,9 @@ class RowwiseCall:
     dim: int = 0
     """Where the inputs have their rows."""
 
-    def __call__(self, start: int, end: int) -> Any:
+    def __call__(self, start: int, end: int, impl: str) -> Any:
         part = {name: x.narrow(self.dim, start, end - start) for name, x in self.rows.items()}
-        return self.function(**part, **self.shared)
+        return self.function(**part, **self.shared, impl=impl)
 
 
 def entropy_topk(sizes: Sizes, vocabulary: int, dtype: torch.dtype) -> RowwiseCall:
@@ -142,33 +159,45 @@ WITH_A_VOCABULARY = (entropy_topk, lm_head_entropy_topk, project_topk, candidate
 WITHOUT = (score_select, prefix_attention)
 
 
-def assert_rows_do_not_depend_on_their_batch(call: RowwiseCall) -> None:
+def builders(*functions: Callable[..., RowwiseCall]) -> pytest.MarkDecorator:
+    """Each with every implementation of its op on a GPU, and in miniature."""
+    real = [
+        pytest.param(build, sizes, id=f"{build.__name__}-real-{sizes.impl}", marks=requires_gpu)
+        for build in functions
+        for sizes in real_sizes(build.__name__)
+    ]
+    small = [pytest.param(build, MINIATURE, id=f"{build.__name__}-miniature") for build in functions]
+    return pytest.mark.parametrize("build, sizes", real + small, indirect=["sizes"])
+
+
+def assert_rows_do_not_depend_on_their_batch(call: RowwiseCall, impl: str) -> None:
     count = next(iter(call.rows.values())).shape[call.dim]
-    whole = outputs_of(call(0, count))
+    whole = outputs_of(call(0, count, impl))
     for start, end in ((0, 1), (count - 1, count), (count // 2, count // 2 + 1), (1, 4), (0, count // 2)):
         rows = tuple(x[start:end].clone() for x in whole)
-        assert_bitwise_equal(tuple(x.clone() for x in outputs_of(call(start, end))), rows)
+        assert_bitwise_equal(tuple(x.clone() for x in outputs_of(call(start, end, impl))), rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize("build", WITH_A_VOCABULARY)
+@builders(*WITH_A_VOCABULARY)
 def test_rows_do_not_depend_on_their_batch(
     build: Callable[..., RowwiseCall], place: int, dtype: torch.dtype, sizes: Sizes
 ) -> None:
     vocabulary = sizes.vocabularies[place % len(sizes.vocabularies)]
-    assert_rows_do_not_depend_on_their_batch(build(sizes, vocabulary, dtype))
+    assert_rows_do_not_depend_on_their_batch(build(sizes, vocabulary, dtype), sizes.impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("build", WITHOUT)
+@builders(*WITHOUT)
 def test_rows_without_a_vocabulary_do_not_depend_on_their_batch(
     build: Callable[..., RowwiseCall], dtype: torch.dtype, sizes: Sizes
 ) -> None:
-    assert_rows_do_not_depend_on_their_batch(build(sizes, 0, dtype))
+    assert_rows_do_not_depend_on_their_batch(build(sizes, 0, dtype), sizes.impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("entropy_topk")
 def test_entropy_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     for vocabulary in sizes.vocabularies:
         for k in (K, 64):
@@ -177,6 +206,7 @@ def test_entropy_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("lm_head_entropy_topk")
 def test_lm_head_entropy_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     for rows in (1, 16):
         hidden = 3 * sizes.oracle_width**-0.5 * torch.randn(rows, sizes.oracle_width)
@@ -185,6 +215,7 @@ def test_lm_head_entropy_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("project_topk")
 def test_project_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     table = torch.randn(sizes.vocabularies[0], sizes.oracle_width).to(dtype)
     for positions in (1, 20, 70):
@@ -192,6 +223,7 @@ def test_project_topk_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("candidate_scores")
 def test_candidate_scores_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     table = torch.randn(sizes.vocabularies[0], sizes.oracle_width).to(dtype)
     for positions in (1, 20, 256):
@@ -200,6 +232,7 @@ def test_candidate_scores_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("score_select")
 def test_score_select_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     for rows in (1, 16):
         dtypes = (dtype, dtype, dtype)
@@ -207,6 +240,7 @@ def test_score_select_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("merge_partials")
 def test_merge_partials_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     vocabulary = sizes.vocabularies[0]
     cuts = [vocabulary // 8 * shard for shard in range(1, 8)]
@@ -215,12 +249,14 @@ def test_merge_partials_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branches", [(1,) * 30, (32,) * 2])
+@sizes_of("prefix_attention")
 def test_prefix_attention_agrees_with_fp64(branches: tuple[int, ...], dtype: torch.dtype, sizes: Sizes) -> None:
     arguments = test_prefix_attention.inputs(1, *sizes.heads, sizes.prefix, branches, dtype)
     test_prefix_attention.check(arguments, sizes.impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@sizes_of("weighted_bt_loss")
 def test_weighted_bt_loss_agrees_with_fp64(dtype: torch.dtype, sizes: Sizes) -> None:
     rows, tokens = sizes.rows, sizes.width // 4
     pairs = test_weighted_bt_loss.inputs(rows, (tokens, tokens), tokens, dtype)

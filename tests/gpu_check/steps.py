@@ -8,15 +8,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.gpu_check import commands
+from tests.gpu_check.check import CUT, FAILED, LEFT_OUT, PASSED, ROOT, Check, Result
 from tests.gpu_check.plugin import OUT_OF_TIME
-
-ROOT = Path(__file__).resolve().parents[2]
-
-PASSED, FAILED, CUT, LEFT_OUT = "passed", "failed", OUT_OF_TIME, "left out"
+from tests.gpu_check.profile import profile
+from tests.gpu_check.sanitizer import sanitizer
 
 # Before it is interrupted, a step gets the chance to end by itself.
 MARGIN_SECONDS = 20.0
@@ -24,82 +21,22 @@ MOST_PROCESSES = 8
 MOST_FAILURES_LISTED = 30
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of a step."""
-
-    step: str
-    status: str
-    """One of PASSED, FAILED, CUT (some of it is missing, nothing failed) and LEFT_OUT (there was nothing to do)."""
-    note: str
-    seconds: float = 0.0
-    details: tuple[str, ...] = ()
-    """For the report: failures, reasons."""
-
-
-class Check:
-    """Where the steps run and what they leave."""
-
-    def __init__(self, folder: Path, wheels: Path | None = None) -> None:
-        self.folder = folder
-        self._wheels = wheels
-        self._site = folder / "site"
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def run(self, step: str, command: list[str], seconds: float) -> int | None:
-        """Run a command for a step; its exit code, None where its time ran out."""
-        return commands.run(command, self.folder / f"{step}.log", seconds, cwd=ROOT, environment=self.environment())
-
-    def install_wheels(self) -> bool:
-        """Install the folder of wheels beside the check, for its own steps only."""
-        if self._wheels is None:
-            return True
-        files = sorted(map(str, self._wheels.glob("*.whl")))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        pip += ["--no-cache-dir", "--upgrade", "--target", str(self._site)]
-        return bool(files) and self.run("wheels", [*pip, *files], 120.0) == 0
-
-    def keep(self, result: Result) -> None:
-        """Write a result down."""
-        path = self.folder / f"{result.step}.json"
-        path.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-
-    def results(self) -> list[Result]:
-        """Those of this and of earlier runs, in the order of the steps."""
-        found = [self.folder / f"{step}.json" for step in STEPS]
-        loaded = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
-        return [Result(**{**fields, "details": tuple(fields["details"])}) for fields in loaded]
-
-    def forget(self, *names: str) -> None:
-        """Remove what an earlier run left."""
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
-
-    def environment(self) -> dict[str, str]:
-        """That of the commands: the kernels of this tree, compiled and chosen as they are by default."""
-        paths = [str(self._site)] if self._site.exists() else []
-        paths += [str(ROOT), str(ROOT / "python")]
-        if os.environ.get("PYTHONPATH"):
-            paths.append(os.environ["PYTHONPATH"])
-        # cmake and ninja may lie beside the interpreter.
-        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "GGRO_IMPL")}
-        return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PATH": search, "PYTHONUNBUFFERED": "1"}
-
-
 def build(check: Check, seconds: float) -> Result:
-    """The extension with the CPU kernels, in place; then what is installed and what loaded."""
-    search = check.environment()["PATH"]
-    missing = [tool for tool in ("make", "cmake", "ninja", "c++") if shutil.which(tool, path=search) is None]
+    """The extension in place, with its CUDA part where there is nvcc; then what is installed and what loaded."""
+    missing = [tool for tool in ("make", "cmake", "ninja", "c++") if check.tool(tool) is None]
     missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
     end = time.monotonic() + seconds
     if missing:
-        result = Result("build", LEFT_OUT, f"no extension for CPUs is built: {', '.join(missing)} not found")
+        result = Result("build", LEFT_OUT, f"no extension is built: {', '.join(missing)} not found")
     else:
-        code = check.run("build", ["make", "build", f"BUILD_PYTHON={sys.executable}"], seconds)
-        note = {0: "the extension is built", None: "ran out of time"}.get(code, f"make build: exit code {code}")
+        cuda = "ON" if check.tool("nvcc") else "OFF"
+        code = check.run("build", ["make", "build", f"BUILD_PYTHON={sys.executable}", f"GGRO_CUDA={cuda}"], seconds)
+        built = "with its CUDA kernels" if cuda == "ON" else "without CUDA kernels: nvcc not found"
+        note = {0: f"the extension is built, {built}", None: "ran out of time"}.get(
+            code, f"make build: exit code {code}"
+        )
         result = Result("build", PASSED if code == 0 else FAILED, note)
-    if shutil.which("nvidia-smi"):
+    if check.tool("nvidia-smi"):
         check.run("build", ["nvidia-smi"], 20.0)
     check.run("build", [sys.executable, "-m", "ggro_kernels.info"], max(30.0, end - time.monotonic()))
     return result
@@ -110,7 +47,7 @@ def tests(check: Check, seconds: float) -> Result:
     check.forget("tests.jsonl")
     record = check.folder / "tests.jsonl"
     kernel_tests = sorted(ROOT.glob("tests/ggro_kernels/test_*.py"), key=lambda path: ("fuzz" in path.name, path.name))
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "--disable-warnings", "-k", "triton or test_gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", "--disable-warnings", "-k", "triton or cuda or test_gpu"]
     command += ["-p", "tests.gpu_check.plugin", f"--record={record}"]
     command += [f"--deadline={time.time() + max(0.0, seconds - MARGIN_SECONDS)}"]
     # Where a test hangs, the log shows where.
@@ -179,7 +116,7 @@ def judge_benchmarks(code: int | None, folder: Path, kept: Path) -> Result:
 def report(check: Check, seconds: float) -> Result:
     """What became of every step, then the table."""
     lines = ["", "gpu-check"]
-    for result in check.results():
+    for result in check.results(STEPS):
         lines.append(f"{result.step:12} {result.status:12} {result.seconds:5.0f} s  {result.note}")
         lines += [f"  {detail}" for detail in result.details]
     text = "\n".join(lines) + "\n\n"
@@ -190,13 +127,21 @@ def report(check: Check, seconds: float) -> Result:
     if not results.exists():
         return Result("report", LEFT_OUT, "there are no results of benchmarks")
     show = "import sys; from ggro_hf.cli import main; sys.exit(main(['bench', sys.argv[1]]))"
-    code = check.run("report", [sys.executable, "-c", show, str(results)], seconds)
-    return Result("report", PASSED if code == 0 else FAILED, str(check.folder / "report.log"))
+    codes = [
+        check.run("report", command, seconds)
+        for command in (
+            [sys.executable, "-c", show, str(results)],
+            [sys.executable, "-m", "benchmarks.targets", str(results)],
+        )
+    ]
+    return Result("report", PASSED if codes == [0, 0] else FAILED, str(check.folder / "report.log"))
 
 
 STEPS: dict[str, Callable[[Check, float], Result]] = {
     "build": build,
     "tests": tests,
+    "sanitizer": sanitizer,
+    "profile": profile,
     "benchmarks": benchmarks,
     "report": report,
 }

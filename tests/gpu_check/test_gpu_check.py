@@ -13,7 +13,7 @@ import pytest
 
 from tests.gpu_check import __main__ as main
 from tests.gpu_check import commands, steps
-from tests.gpu_check.steps import CUT, FAILED, LEFT_OUT, PASSED, ROOT, Check, Result
+from tests.gpu_check.check import CUT, FAILED, LEFT_OUT, PASSED, ROOT, Check, Result
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_results_of_benchmarks_are_kept_by_kind_of_machine(tmp_path):
 def commands_of(check, monkeypatch, code=0):
     """What a check would run."""
     ran = []
-    monkeypatch.setattr(Check, "run", lambda self, step, command, seconds: ran.append(command) or code)
+    monkeypatch.setattr(Check, "run", lambda self, step, command, seconds, **_: ran.append(command) or code)
     return ran
 
 
@@ -247,22 +247,41 @@ def test_only_tests_of_the_gpu_are_chosen(check, monkeypatch):
     ours = [line for line in chosen if line.startswith("tests/gpu/")]
     assert ours and chosen[: len(ours)] == ours
     others = chosen[len(ours) :]
-    assert others and all("triton" in line for line in others)
+    assert others and all("triton" in line or "cuda" in line for line in others)
+    assert any("[cuda" in line for line in others) and any("[triton" in line for line in others)
     # What takes longest and adds least comes last.
     assert others == sorted(others, key=lambda line: "test_fuzz" in line)
 
 
 def test_the_build_is_left_out_where_its_tools_are_missing(check, monkeypatch):
     ran = commands_of(check, monkeypatch)
-    monkeypatch.setattr(steps.shutil, "which", lambda tool, path=None: None if tool == "cmake" else "/bin/tool")
+    tools = dict.fromkeys(("make", "ninja", "c++", "nvcc"), "/bin/tool")
+    monkeypatch.setattr(Check, "tool", lambda self, name: tools.get(name))
     result = steps.build(check, 60.0)
     assert result.status == LEFT_OUT and "cmake not found" in result.note
     assert ran[-1][-1] == "ggro_kernels.info" and ["make", "build"] not in [command[:2] for command in ran]
-    monkeypatch.setattr(steps.shutil, "which", lambda tool, path=None: "/bin/tool")
-    assert steps.build(check, 60.0).status == PASSED
-    assert ["make", "build", f"BUILD_PYTHON={sys.executable}"] in ran
+    tools["cmake"] = "/bin/tool"
+    result = steps.build(check, 60.0)
+    assert result.status == PASSED and "with its CUDA kernels" in result.note
+    assert ["make", "build", f"BUILD_PYTHON={sys.executable}", "GGRO_CUDA=ON"] in ran
+    del tools["nvcc"]
+    result = steps.build(check, 60.0)
+    assert result.status == PASSED and "nvcc not found" in result.note
+    assert ran[-2][-1] == "GGRO_CUDA=OFF"
     commands_of(check, monkeypatch, code=2)
     assert steps.build(check, 60.0).status == FAILED
+
+
+def test_the_toolkits_programs_are_found_beside_path(check, tmp_path, monkeypatch):
+    folder = tmp_path / "toolkit" / "2025.3"
+    folder.mkdir(parents=True)
+    (folder / "ncu").write_text("")
+    (folder / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("tests.gpu_check.check.TOOLKIT", ())
+    assert check.tool("ncu") is None
+    monkeypatch.setattr("tests.gpu_check.check.TOOLKIT", (str(tmp_path / "toolkit" / "*"),))
+    assert check.tool("ncu") == str(folder / "ncu")
 
 
 def test_commands_run_kernels_of_this_tree_compiled(check, monkeypatch):
@@ -331,12 +350,15 @@ def test_a_step_may_take_what_those_behind_it_do_not_need(check, monkeypatch):
     main.run(check, list(steps.STEPS), time.monotonic() + main.SECONDS)
     needed = main.NEEDED
     assert limits["build"] == pytest.approx(main.SECONDS - sum(needed.values()) + needed["build"], abs=5)
-    assert limits["tests"] == pytest.approx(main.SECONDS - needed["benchmarks"] - needed["report"], abs=5)
+    assert limits["tests"] == pytest.approx(
+        needed["tests"] + main.SECONDS - sum(needed.values()) + needed["build"], abs=5
+    )
+    assert sum(needed.values()) <= main.SECONDS and list(needed) == list(steps.STEPS)
     assert limits["report"] == pytest.approx(main.SECONDS, abs=5)
     main.run(check, ["tests"], time.monotonic() + main.SECONDS)
     assert limits["tests"] == pytest.approx(main.SECONDS, abs=5)
     assert main.SECONDS + commands.LAST_SECONDS < 540
-    assert [result.step for result in check.results()] == list(steps.STEPS)
+    assert [result.step for result in check.results(steps.STEPS)] == list(steps.STEPS)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +368,8 @@ def test_a_step_may_take_what_those_behind_it_do_not_need(check, monkeypatch):
         ({"tests": FAILED}, 1),
         ({"tests": CUT}, 1),
         ({"build": LEFT_OUT, "benchmarks": CUT, "report": LEFT_OUT}, 0),
+        ({"sanitizer": LEFT_OUT, "profile": LEFT_OUT}, 0),
+        ({"sanitizer": FAILED}, 1),
         ({"build": FAILED}, 1),
         ({"benchmarks": FAILED}, 1),
     ],
