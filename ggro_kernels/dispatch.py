@@ -98,10 +98,7 @@ def resolve(impl: str, device: torch.device, *dtypes: torch.dtype, cuda: bool = 
 
 def _obstacle(impl: str, kind: str, device: torch.device, dtypes: tuple[torch.dtype, ...], cuda: bool) -> str | None:
     """Why 'native' or 'triton' cannot run on tensors of these dtypes on this device of this kind; None if it can."""
-    if impl == "triton":
-        error = triton_error
-    else:
-        error = cuda_error(device.index) if kind == "cuda" else native_error
+    error = triton_error if impl == "triton" else cuda_error(device.index) if kind == "cuda" else native_error
     if error is not None:
         return f"is not available: {error}"
     if impl == "native" and kind == "cuda" and not cuda:

@@ -10,7 +10,7 @@ import torch
 
 import ggro_kernels
 from ggro_kernels import dispatch
-from ggro_kernels.library import NAMESPACE, has_cuda_kernels, registered_ops, takes_impl
+from ggro_kernels.library import NAMESPACE, automatic, registered_ops
 
 ENVIRONMENT = ("GGRO_IMPL", "GGRO_CPU_ISA", "GGRO_AUTOTUNE", "TRITON_INTERPRET")
 """What changes which kernels run."""
@@ -54,17 +54,10 @@ def capabilities() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "ops": {
-            f"{NAMESPACE}::{op}": {device: _automatic(op, torch.device(device)) for device in devices}
+            f"{NAMESPACE}::{op}": {device: automatic(op, torch.device(device), torch.float32) for device in devices}
             for op in registered_ops()
         },
     }
-
-
-def _automatic(op: str, device: torch.device) -> str:
-    """What `impl="auto"` runs."""
-    if not takes_impl(op):
-        return "reference"
-    return dispatch.resolve("auto", device, torch.float32, cuda=has_cuda_kernels(op))
 
 
 def main() -> None:

@@ -129,6 +129,11 @@ def takes_impl(op: str) -> bool:
     return any(argument.name == "impl" for argument in arguments)
 
 
+def automatic(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """What `impl="auto"` runs of `op` on tensors of these dtypes."""
+    return resolve("auto", device, *dtypes, cuda=has_cuda_kernels(op)) if takes_impl(op) else "reference"
+
+
 def has_cuda_kernels(op: str) -> bool:
     """Whether `impl="native"` runs `op` on a GPU, where the extension has its CUDA part."""
     return op in _with_cuda_kernels

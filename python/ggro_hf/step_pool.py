@@ -21,7 +21,7 @@ from ggro_hf.decode_step import CaptureError, DecodeStep, device_of, forward
 from ggro_hf.graphs import CAPTURES
 from ggro_hf.reading import Reader
 from ggro_hf.transfer import wait_for
-from ggro_kernels.dispatch import resolve
+from ggro_kernels.library import automatic
 
 # Tokens. Rooms are powers of two, beyond the largest of them its multiples.
 _SMALLEST_ROOM, _LARGEST_POWER = 256, 4096
@@ -140,7 +140,7 @@ def _attentions(model: PreTrainedModel) -> list[str]:
     own: str = model.config._attn_implementation
     # `prefix_attention` reads what is there of the cache and each key once; a mask has the model's own read all of it,
     # and copy the keys for every query head. Whoever asked for "eager" wants that.
-    if own == "eager" or resolve("auto", device_of(model), model.dtype) == "reference":
+    if own == "eager" or automatic("prefix_attention", device_of(model), model.dtype) == "reference":
         return [own]
     return [own] if own == PREFIX_ATTENTION else [PREFIX_ATTENTION, own]
 
