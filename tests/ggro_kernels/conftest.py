@@ -8,7 +8,8 @@ from tests.ggro_kernels.implementations import HAS_GPU, IMPLEMENTATIONS, KERNELS
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`impl` and `kernel_impl` are the CUDA kernels too where a module or a function tests an op that has them."""
     cuda = ("cuda",) if tested_op(metafunc.module.__name__, metafunc.function.__name__) else ()
-    chosen_by_the_test = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    marks = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    chosen_by_the_test = {name for names in marks for name in ([names] if isinstance(names, str) else names)}
     for fixture, names in (("impl", IMPLEMENTATIONS), ("kernel_impl", KERNELS)):
         if fixture in metafunc.fixturenames and fixture not in chosen_by_the_test:
             metafunc.parametrize(fixture, names + cuda, indirect=True)

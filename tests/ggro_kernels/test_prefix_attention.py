@@ -151,9 +151,9 @@ def test_prefix_lengths(dtype: torch.dtype, impl: str) -> None:
     ("impl", "dtype", "window"),
     [
         *itertools.product(("reference", *NATIVE), DTYPES, (1, 2, 5, 63, 64, 65, 99, 100, 101, 130, 2**40)),
-        *(("triton", torch.float16, window) for window in (1, 63, 65, 100, 2**40)),
-        ("triton", torch.float32, 101),
-        ("triton", torch.bfloat16, 64),
+        *itertools.product(("triton", "cuda"), (torch.float16,), (1, 63, 65, 100, 2**40)),
+        *itertools.product(("triton", "cuda"), (torch.float32,), (101,)),
+        *itertools.product(("triton", "cuda"), (torch.bfloat16,), (64,)),
     ],
     indirect=["impl"],
 )
@@ -271,7 +271,11 @@ OPTIONS: tuple[Arguments, ...] = ({}, {"window": 100}, {"softcap": 3.0})
     ("kernel_impl", "dtype", "options", "branches", "prefix"),
     [
         *itertools.product(NATIVE, DTYPES, OPTIONS, [(1, 30, 1, 70, 3)], [333]),
-        *(("triton", dtype, options, (1, 20, 1, 3), 270) for dtype, options in zip(DTYPES, OPTIONS, strict=True)),
+        *(
+            (impl, dtype, options, (1, 20, 1, 3), 270)
+            for impl in ("triton", "cuda")
+            for dtype, options in zip(DTYPES, OPTIONS, strict=True)
+        ),
     ],
     indirect=["kernel_impl"],
 )
@@ -329,11 +333,11 @@ def test_outputs_are_detached(impl: str) -> None:
         ("prefix_lengths", (0,), -1, r"prefix_lengths\[0\] must be in 0 \.\. 50, the prefix tokens there are, got -1"),
     ],
 )
-def test_index_out_of_range(name: str, place: tuple[int, ...], value: int, message: str, impl: str) -> None:
+def test_index_out_of_range(name: str, place: tuple[int, ...], value: int, message: str, checking_impl: str) -> None:
     arguments = inputs(2, 4, 2, 24, 50, (2, 3)) | {"prefix_lengths": torch.tensor([50, 50])}
     arguments[name][place] = value
     with pytest.raises(IndexError, match=message):
-        prefix_attention(**arguments, impl=impl)
+        prefix_attention(**arguments, impl=checking_impl)
 
 
 GOOD = inputs(2, 4, 2, 8, 5, (2, 1))
