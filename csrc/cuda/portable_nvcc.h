@@ -195,9 +195,9 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
-// Blocks that a multiprocessor is to have room for, by their registers: 1 or what the kernel says.
+// Blocks that a multiprocessor is to have room for, by their registers; 0: the compiler chooses.
 template <typename Kernel, typename = void>
-constexpr int kBlocksAtOnce = 1;
+constexpr int kBlocksAtOnce = 0;
 template <typename Kernel>
 constexpr int kBlocksAtOnce<Kernel, std::void_t<decltype(Kernel::kBlocksAtOnce)>> = Kernel::kBlocksAtOnce;
 

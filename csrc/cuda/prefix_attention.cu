@@ -16,7 +16,9 @@ template <typename T>
 struct MergeKernel {
   using Args = AttentionArgs;
   static constexpr int kThreads = 128;
+  static constexpr int kBlocksAtOnce = 6;
   static constexpr int kColumns = 32;
+  static constexpr int kSlotsAtOnce = 16;
 
   static int64_t items(const Args& args) {
     const PrefixAttentionArgs& op = args.op;
@@ -42,19 +44,24 @@ struct MergeKernel {
       const T* keys = tokens_of<T>(op.branch_key, batch, head) + start * op.branch_key.token_stride;
       const T* values = tokens_of<T>(op.branch_value, batch, head) + start * op.branch_value.token_stride + column;
       const int first = outside_window(op, 0, own);
-      float score = -INFINITY;
+      float of_lane = 0.0f;
       for (int key = first; key <= own; ++key) {
         const float dot = warp_dot(thread, query, keys + key * op.branch_key.token_stride, op.key_width);
-        if (thread.lane() != key) continue;
-        score = args.cap == 0.0f ? product(dot, args.factor) : capped(dot, args.factor, args.cap);
+        if (thread.lane() == key) of_lane = dot;
       }
+      const float scaled = args.cap == 0.0f ? product(of_lane, args.factor) : capped(of_lane, args.factor, args.cap);
+      const float score = thread.lane() >= first && thread.lane() <= own ? scaled : -INFINITY;
       maximum = warp_max(thread, score);
       const float weight = power_of_two(score - shift_of(maximum));
       sum = warp_sum(thread, weight);
-      for (int key = first; key <= own; ++key) {
-        const float value = exists ? to_float(values[key * op.branch_value.token_stride]) : 0.0f;
-        out = fmaf(thread.shuffle(weight, key), value, out);
+      float value[kShortBranch];
+#pragma unroll
+      for (int key = 0; key < kShortBranch; ++key) {
+        const bool reads = exists && key >= first && key <= own;
+        value[key] = reads ? to_float(values[key * op.branch_value.token_stride]) : 0.0f;
       }
+#pragma unroll
+      for (int key = 0; key < kShortBranch; ++key) out = fmaf(thread.shuffle(weight, key), value[key], out);
     }
 
     // Thirty-two slots at a time, from slot 0 on, whichever of them the row has.
@@ -62,13 +69,16 @@ struct MergeKernel {
     const int unseen = outside_window(op, length, own);
     const int first = unseen < length ? 1 + static_cast<int>(split_of(unseen)) : 1;
     const int end = unseen < length ? 2 + static_cast<int>(split_of(length - 1)) : 1;
-    const int64_t slots = (batch * op.key_heads + head) * args.slots;
-    const int64_t place = static_cast<int64_t>(token) * args.group + query_head % args.group;
+    const int64_t place =
+        (batch * op.key_heads + head) * args.slots * args.rows + token * args.group + query_head % args.group;
+    const float* partial = args.partials + place * args.partial_width + column;
+    const int64_t slot_stride = static_cast<int64_t>(args.rows) * args.partial_width;
     for (int base = 0; base < end; base += 32) {
       const int mine = base + thread.lane();
       const bool has = mine == 0 ? own >= kShortBranch : mine >= first && mine < end;
-      const float slot_maximum = has ? args.maxima[(slots + mine) * args.rows + place] : -INFINITY;
-      const float slot_sum = has ? args.sums[(slots + mine) * args.rows + place] : 0.0f;
+      const int64_t place_of_mine = place + static_cast<int64_t>(mine) * args.rows;
+      const float slot_maximum = has ? args.maxima[place_of_mine] : -INFINITY;
+      const float slot_sum = has ? args.sums[place_of_mine] : 0.0f;
       const float new_maximum = fmaxf(maximum, warp_max(thread, slot_maximum));
       const float shift = shift_of(new_maximum);
       const float rescale = power_of_two(maximum - shift), factor = power_of_two(slot_maximum - shift);
@@ -76,13 +86,17 @@ struct MergeKernel {
       sum = fmaf(sum, rescale, warp_sum(thread, product(factor, slot_sum)));
       out *= rescale;
       const unsigned with = thread.ballot(has);
-#pragma unroll 16
-      for (int i = 0; i < 32; ++i) {
-        const bool reads = (with >> i & 1) != 0;
-        const int64_t partial = ((slots + base + i) * args.rows + place) * args.partial_width + column;
-        const float value = reads && exists ? args.partials[partial] : 0.0f;
-        const float of_slot = thread.shuffle(factor, i);
-        if (reads) out = fmaf(of_slot, value, out);
+      for (int group = 0; group < 32; group += kSlotsAtOnce) {
+        // All loads begin before the first is waited for.
+        float value[kSlotsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kSlotsAtOnce; ++i) {
+          const bool reads = exists && (with >> (group + i) & 1) != 0;
+          value[i] = reads ? *partial : 0.0f;
+          partial += slot_stride;
+        }
+#pragma unroll
+        for (int i = 0; i < kSlotsAtOnce; ++i) out = fmaf(thread.shuffle(factor, group + i), value[i], out);
       }
     }
 
