@@ -300,52 +300,10 @@ struct AttendKernel {
     });
   }
 
-  // Scores become weights relative to the new maximum, and what was summed so far is brought to it.
+  // The softmax of the scores, to whose new maximum goes what was summed so far.
   GGRO_DEVICE void weigh(Scores& s, const Seen& seen) {
-    if (args_.cap == 0.0f) {
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = product(s[n][i], args_.factor);
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = capped(s[n][i], args_.factor, args_.cap);
-      }
-    }
-    if (thread_.ballot(!seen.all(0) || !seen.all(1)) != 0) {
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (!seen(i / 2, 8 * n + thread_.lane() % 4 * 2 + i % 2)) s[n][i] = -INFINITY;
-        }
-      }
-    }
     float rescale[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = max_[half];
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) maximum = fmaxf(maximum, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      maximum = fmaxf(maximum, thread_.shuffle_xor(maximum, 1));
-      maximum = fmaxf(maximum, thread_.shuffle_xor(maximum, 2));
-      const float shift = shift_of(maximum);
-      rescale[half] = power_of_two(max_[half] - shift);
-      max_[half] = maximum;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[n][i] = power_of_two(s[n][i] - shift);
-          sum += s[n][i];
-        }
-      }
-      sum_[half] = fmaf(sum_[half], rescale[half], sum);
-    }
+    scores_to_weights(thread_, args_.factor, args_.cap, seen, s, max_, sum_, rescale);
     if (thread_.ballot(rescale[0] != 1.0f || rescale[1] != 1.0f) == 0) return;
 #pragma unroll
     for (int j = 0; j < Product::kAccumulators; ++j) {

@@ -2,7 +2,8 @@
 
 #include "attention_rows.h"
 
-// The two products of attention, of the 16 rows of a warp and a tile of keys in shared memory.
+// The two products of attention and the softmax between them, of the 16 rows of a warp and a tile of keys in shared
+// memory.
 //
 // Lane 4 * g + p holds scores s[n][i] of row g + i / 2 * 8 and key 8 * n + 2 * p + i % 2, as the tensor cores leave
 // them, for either kind of product.
@@ -22,6 +23,55 @@ struct Seen {
   GGRO_DEVICE bool any(int half) const { return first[half] < kTileKeys && end[half] > 0 && first[half] < end[half]; }
   GGRO_DEVICE bool all(int half) const { return first[half] <= 0 && end[half] >= kTileKeys; }
 };
+
+// Scores become weights 2^(score - max) relative to the new maximum of a row; `rescale` brings to it what is relative
+// to the one before. `sum`: of the keys that the lane scores.
+GGRO_DEVICE void scores_to_weights(const Thread& thread, float factor, float cap, const Seen& seen, Scores& s,
+                                   float (&max)[2], float (&sum)[2], float (&rescale)[2]) {
+  if (cap == 0.0f) {
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = product(s[n][i], factor);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = capped(s[n][i], factor, cap);
+    }
+  }
+  if (thread.ballot(!seen.all(0) || !seen.all(1)) != 0) {
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!seen(i / 2, 8 * n + thread.lane() % 4 * 2 + i % 2)) s[n][i] = -INFINITY;
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float maximum = max[half];
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) maximum = fmaxf(maximum, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    maximum = fmaxf(maximum, thread.shuffle_xor(maximum, 1));
+    maximum = fmaxf(maximum, thread.shuffle_xor(maximum, 2));
+    const float shift = shift_of(maximum);
+    rescale[half] = power_of_two(max[half] - shift);
+    max[half] = maximum;
+    float total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = power_of_two(s[n][i] - shift);
+        total += s[n][i];
+      }
+    }
+    sum[half] = fmaf(sum[half], rescale[half], total);
+  }
+}
 
 // fp32 by fused multiply-adds. P: columns that a tile in shared memory has room for.
 template <typename T, int P>
