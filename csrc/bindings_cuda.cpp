@@ -31,6 +31,13 @@ void define_cuda(py::module_& m) {
            &A::temperature, &A::rows, &A::vocab, &A::width, &A::k, &A::entropy, &A::logsumexp, &A::values, &A::indices);
   }
   {
+    using A = PrefixAttentionArgs;
+    define(m, "prefix_attention", cuda::prefix_attention_workspace, cuda::prefix_attention, &A::dtype, &A::query,
+           &A::prefix_key, &A::prefix_value, &A::branch_key, &A::branch_value, &A::branch_starts, &A::prefix_lengths,
+           &A::batch, &A::query_heads, &A::key_heads, &A::tokens, &A::prefix_tokens, &A::key_width, &A::value_width,
+           &A::scale, &A::softcap, &A::window, &A::output);
+  }
+  {
     using A = ProjectTopKArgs;
     define(m, "project_topk", cuda::project_topk_workspace, cuda::project_topk, &A::gradient, &A::gradient_dtype,
            &A::gradient_stride, &A::table, &A::table_dtype, &A::table_stride, &A::bias, &A::forbidden, &A::positions,

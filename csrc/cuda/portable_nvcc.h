@@ -37,13 +37,16 @@ class Shared {
     *reinterpret_cast<Vector<T, N>*>(data_ + i) = value;
   }
 
-  // Begins to copy the 16 bytes at `source` to element i; they are there for this thread after wait_for_copies.
-  GGRO_DEVICE void copy_async(int i, const T* source) const {
+  // Begins to copy the 16 bytes at `source` to element i, or zeros where nothing exists there; they are there for this
+  // thread after wait_for_copies.
+  GGRO_DEVICE void copy_async(int i, const T* source, bool exists = true) const {
     const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(data_ + i));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(exists ? 16 : 0)
+                 : "memory");
   }
 
  private:
+  friend class Thread;
   T* data_;
 };
 
@@ -74,6 +77,25 @@ class Thread {
   }
   GGRO_DEVICE unsigned ballot(bool predicate) const { return __ballot_sync(kAllLanes, predicate); }
   GGRO_DEVICE unsigned warp_sum(unsigned value) const { return __reduce_add_sync(kAllLanes, value); }
+
+  // Four matrices of 8 x 8 elements of 16 bits: lane 8 * j + i says where row i of matrix j begins, and r[j] holds
+  // elements 2 * (lane % 4) and the next of row lane / 4 of matrix j; of its transpose where kTransposed.
+  template <bool kTransposed, typename T>
+  GGRO_DEVICE void load_matrices(const Shared<T>& shared, int row, uint32_t (&r)[4]) const {
+    static_assert(sizeof(T) == 2);
+    const unsigned source = static_cast<unsigned>(__cvta_generic_to_shared(shared.data_ + row));
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(source)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(source)
+                   : "memory");
+    }
+  }
 
   // c += a * b by the tensor cores, in fp32: a [16, 16], b [16, 8], c [16, 8], spread over the lanes as PTX has it for
   // mma.m16n8k16. T is BFloat16 or Float16; words hold two of them.
@@ -140,6 +162,16 @@ GGRO_DEVICE float max_or_nan(float a, float b) {
   return larger;
 }
 
+// a * b, rounded: never part of a fused multiply-add.
+GGRO_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+
+// 2^x, with a relative error of 2^-22; zero where that is below 2^-126.
+GGRO_DEVICE float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Bits [8 * bytes, 8 * bytes + 32) of the two words, low first.
 GGRO_DEVICE uint32_t shifted_word(uint32_t low, uint32_t high, int bytes) {
   return __funnelshift_r(low, high, 8 * bytes);
@@ -169,8 +201,15 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
+// Blocks that a multiprocessor is to have room for, by their registers; 0: the compiler chooses.
+template <typename Kernel, typename = void>
+constexpr int kBlocksAtOnce = 0;
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Args args) {
+constexpr int kBlocksAtOnce<Kernel, std::void_t<decltype(Kernel::kBlocksAtOnce)>> = Kernel::kBlocksAtOnce;
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocksAtOnce<Kernel>)
+    entry(const __grid_constant__ typename Kernel::Args args) {
   extern __shared__ __align__(16) unsigned char shared[];
   Thread thread(shared);
   Kernel::run(thread, args);

@@ -1,9 +1,8 @@
-"""`prefix_attention` by csrc/cpu/prefix_attention.cpp."""
+"""`prefix_attention` by csrc/cpu/prefix_attention.cpp and csrc/cuda/prefix_attention.cu."""
 
 import torch
 
-from ggro_kernels.dispatch import native
-from ggro_kernels.native import DTYPE_CODES, address, with_unit_column_stride
+from ggro_kernels.native import DTYPE_CODES, address, run, with_unit_column_stride
 
 _NO_WINDOW = 2**62
 
@@ -25,7 +24,7 @@ def prefix_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """output [B, Hq, T, Dv] of CPU tensors; arguments as in the public function."""
+    """output [B, Hq, T, Dv]; arguments as in the public function."""
     batch, query_heads, tokens, key_width = query.shape
     _, key_heads, prefix_tokens, value_width = prefix_value.shape
     query, prefix_key, prefix_value, branch_key, branch_value = map(
@@ -34,8 +33,10 @@ def prefix_attention(
     branch_starts = branch_starts.contiguous()
     if prefix_lengths is not None:
         prefix_lengths = prefix_lengths.contiguous()
-    output = torch.empty(batch, tokens, query_heads, value_width, dtype=query.dtype)
-    native().prefix_attention(
+    output = torch.empty(batch, tokens, query_heads, value_width, dtype=query.dtype, device=query.device)
+    run(
+        "prefix_attention",
+        query.device,
         DTYPE_CODES[query.dtype],
         _view(query),
         _view(prefix_key),
@@ -55,6 +56,5 @@ def prefix_attention(
         0.0 if softcap is None else softcap,
         _NO_WINDOW if window is None else window,
         output.data_ptr(),
-        torch.get_num_threads(),
     )
     return output.transpose(1, 2)

@@ -29,6 +29,7 @@ prefix_attention_op = register(
     reference=reference.prefix_attention,
     fake=_fake,
     native=native.prefix_attention,
+    cuda=True,
     triton="ggro_kernels.prefix_attention.triton:prefix_attention",
     dtypes_of=("query",),
 )

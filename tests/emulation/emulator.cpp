@@ -59,7 +59,7 @@ uint64_t seed_of_schedule() {
 struct Block::Fiber {
   struct Copy {
     int offset;
-    const void* source;
+    const void* source;  // null: zeros
   };
 
   Fiber() : stack(take_stack()) {}
@@ -303,7 +303,11 @@ void Block::wait_for_copies(int pending) {
   auto& groups = fibers_[current_]->copies;
   while (static_cast<int>(groups.size()) - 1 > pending) {
     for (const auto& copy : groups.front()) {
-      std::memcpy(shared(copy.offset), copy.source, 16);
+      if (copy.source == nullptr) {
+        std::memset(shared(copy.offset), 0, 16);
+      } else {
+        std::memcpy(shared(copy.offset), copy.source, 16);
+      }
       note_write(copy.offset, 16);
     }
     groups.pop_front();

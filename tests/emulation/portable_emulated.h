@@ -58,10 +58,10 @@ class Shared {
     std::memcpy(block_.shared(offset), &value, sizeof(value));
   }
 
-  void copy_async(int i, const T* source) const {
+  void copy_async(int i, const T* source, bool exists = true) const {
     constexpr int kElements = 16 / sizeof(T);
     emulation::check_alignment(source, 16);
-    block_.begin_copy(place(i, kElements), source);
+    block_.begin_copy(place(i, kElements), exists ? source : nullptr);
   }
 
  private:
@@ -117,6 +117,20 @@ class Thread {
     return sum;
   }
 
+  template <bool kTransposed, typename T>
+  void load_matrices(const Shared<T>& shared, int row, uint32_t (&r)[4]) const {
+    static_assert(sizeof(T) == 2);
+    const auto* rows = exchange("load_matrices", shared.template load_vector<8>(row));
+    for (int j = 0; j < 4; ++j) {
+      r[j] = 0;
+      for (int i = 0; i < 2; ++i) {
+        const int along = lane() % 4 * 2 + i, across = lane() / 4;
+        const T element = kTransposed ? rows[8 * j + along].value.data[across] : rows[8 * j + across].value.data[along];
+        r[j] |= static_cast<uint32_t>(element.bits) << (16 * i);
+      }
+    }
+  }
+
   template <typename T>
   void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const;
 
@@ -168,6 +182,13 @@ void store_vector(T* target, const Vector<T, N>& value) {
 }
 
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+
+inline float product(float a, float b) { return a * b; }
+
+inline float power_of_two(float x) {
+  const float power = exp2f(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
 
 inline uint32_t shifted_word(uint32_t low, uint32_t high, int bytes) {
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (8 * bytes));

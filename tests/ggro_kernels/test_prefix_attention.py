@@ -121,7 +121,8 @@ def test_ragged_branches(prefix: int, branches: tuple[int, ...], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("width", "value_width"), [(1, 1), (3, 5), (17, 17), (31, 64), (33, 8), (80, 80), (192, 128), (256, 256)]
+    ("width", "value_width"),
+    [(1, 1), (3, 5), (17, 17), (31, 64), (33, 8), (80, 80), (192, 128), (256, 256), (300, 270)],
 )
 def test_widths(width: int, value_width: int, dtype: torch.dtype, impl: str) -> None:
     check(inputs(1, 4, 2, width, 40, (2, 3), dtype, value_width), impl)
@@ -151,9 +152,9 @@ def test_prefix_lengths(dtype: torch.dtype, impl: str) -> None:
     ("impl", "dtype", "window"),
     [
         *itertools.product(("reference", *NATIVE), DTYPES, (1, 2, 5, 63, 64, 65, 99, 100, 101, 130, 2**40)),
-        *(("triton", torch.float16, window) for window in (1, 63, 65, 100, 2**40)),
-        ("triton", torch.float32, 101),
-        ("triton", torch.bfloat16, 64),
+        *itertools.product(("triton", "cuda"), (torch.float16,), (1, 63, 65, 100, 2**40)),
+        *itertools.product(("triton", "cuda"), (torch.float32,), (101,)),
+        *itertools.product(("triton", "cuda"), (torch.bfloat16,), (64,)),
     ],
     indirect=["impl"],
 )
@@ -189,6 +190,21 @@ def test_strides(dtype: torch.dtype, impl: str) -> None:
         assert torch.equal(prefix_attention(**arguments | views, impl=impl), expected)
     shared = {name: arguments[name][:1].expand(2, -1, -1, -1) for name in ("prefix_key", "prefix_value")}
     check(arguments | shared, impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_addresses(dtype: torch.dtype, kernel_impl: str) -> None:
+    arguments = inputs(1, 4, 2, 72, 130, (3, 20), dtype)
+    expected = bitwise(prefix_attention(**arguments, impl=kernel_impl))
+    tensors = ("query", "prefix_key", "prefix_value", "branch_key", "branch_value")
+    odd = {name: torch.nn.functional.pad(arguments[name], (1, 2))[..., 1:73] for name in tensors}
+    assert torch.equal(bitwise(prefix_attention(**arguments | odd, impl=kernel_impl)), expected)
+
+
+def test_long_prefix(impl: str) -> None:
+    arguments = inputs(1, 2, 1, 8, 17500, (2,))
+    check(arguments, impl)
+    check(arguments | {"window": 16500, "prefix_lengths": torch.tensor([17000])}, impl)
 
 
 @pytest.mark.parametrize("tokens", [(), (3,)])
@@ -271,7 +287,11 @@ OPTIONS: tuple[Arguments, ...] = ({}, {"window": 100}, {"softcap": 3.0})
     ("kernel_impl", "dtype", "options", "branches", "prefix"),
     [
         *itertools.product(NATIVE, DTYPES, OPTIONS, [(1, 30, 1, 70, 3)], [333]),
-        *(("triton", dtype, options, (1, 20, 1, 3), 270) for dtype, options in zip(DTYPES, OPTIONS, strict=True)),
+        *(
+            (impl, dtype, options, (1, 20, 1, 3), 270)
+            for impl in ("triton", "cuda")
+            for dtype, options in zip(DTYPES, OPTIONS, strict=True)
+        ),
     ],
     indirect=["kernel_impl"],
 )
@@ -329,11 +349,38 @@ def test_outputs_are_detached(impl: str) -> None:
         ("prefix_lengths", (0,), -1, r"prefix_lengths\[0\] must be in 0 \.\. 50, the prefix tokens there are, got -1"),
     ],
 )
-def test_index_out_of_range(name: str, place: tuple[int, ...], value: int, message: str, impl: str) -> None:
+def test_index_out_of_range(name: str, place: tuple[int, ...], value: int, message: str, checking_impl: str) -> None:
     arguments = inputs(2, 4, 2, 24, 50, (2, 3)) | {"prefix_lengths": torch.tensor([50, 50])}
     arguments[name][place] = value
     with pytest.raises(IndexError, match=message):
-        prefix_attention(**arguments, impl=impl)
+        prefix_attention(**arguments, impl=checking_impl)
+
+
+@pytest.mark.parametrize("kernel_impl", ["cuda"], indirect=True)
+@pytest.mark.parametrize("bad", [-1, 2**40])
+def test_token_of_an_unchecked_index_out_of_range_is_nan(bad: int, kernel_impl: str) -> None:
+    arguments = inputs(2, 4, 2, 24, 50, (2, 20)) | {"prefix_lengths": torch.tensor([50, 50])}
+    expected = prefix_attention(**arguments, impl=kernel_impl)
+    arguments["branch_starts"][1, 4] = bad
+    expected[1, :, 4] = torch.nan
+    assert torch.equal(prefix_attention(**arguments, impl=kernel_impl).nan_to_num(0.5), expected.nan_to_num(0.5))
+    arguments["prefix_lengths"][0] = bad
+    expected[0] = torch.nan
+    assert torch.equal(prefix_attention(**arguments, impl=kernel_impl).nan_to_num(0.5), expected.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("kernel_impl", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_values_that_only_some_tokens_see(dtype: torch.dtype, kernel_impl: str) -> None:
+    arguments = inputs(1, 4, 2, 24, 150, (40, 3), dtype) | {"window": 100}
+    expected = prefix_attention(**arguments, impl=kernel_impl)
+    spoilt = {name: arguments[name].clone() for name in ("prefix_value", "branch_value")}
+    spoilt["prefix_value"][:, :, 60, 0], spoilt["prefix_value"][:, :, 62, 3] = torch.inf, torch.nan
+    spoilt["branch_value"][:, :, 20, 0], spoilt["branch_value"][:, :, 22, 1] = -torch.inf, torch.inf
+    output = check(arguments | spoilt, kernel_impl)
+    finite = output.isfinite()
+    assert 0 < (~finite).sum() < 0.2 * finite.numel()
+    assert torch.equal(bitwise(output)[finite], bitwise(expected)[finite])
 
 
 GOOD = inputs(2, 4, 2, 8, 5, (2, 1))

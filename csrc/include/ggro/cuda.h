@@ -45,6 +45,11 @@ void lm_head_entropy_topk(const LmHeadEntropyTopKArgs& args, void* workspace, co
 int64_t project_topk_workspace(const ProjectTopKArgs& args);
 void project_topk(const ProjectTopKArgs& args, void* workspace, const Stream& stream);
 
+// A token whose branch start or whose row's prefix length is out of range gets NaN. Fewer than 2^31 rows of a key head,
+// tokens of a prefix, and columns.
+int64_t prefix_attention_workspace(const PrefixAttentionArgs& args);
+void prefix_attention(const PrefixAttentionArgs& args, void* workspace, const Stream& stream);
+
 // A uniform outside [0, 1) takes the first or the last candidate.
 int64_t score_select_workspace(const ScoreSelectArgs& args);
 void score_select(const ScoreSelectArgs& args, void* workspace, const Stream& stream);
