@@ -112,32 +112,25 @@ struct HalfScoresKernel {
 
   static GGRO_DEVICE void add_products(const Thread& thread, const Shared<T>& tiles, int vectors, int columns,
                                        float (&sums)[2][4][4]) {
-    const int place = thread.lane() / 4 * kPitch + thread.lane() % 4 * 2;
-    const auto words = [&](int i) {
-      const Vector<T, 2> pair = tiles.template load_vector<2>(i);
-      return static_cast<uint32_t>(pair.data[0].bits) | static_cast<uint32_t>(pair.data[1].bits) << 16;
-    };
+    // Where the row of a matrix begins that this lane loads: of vectors, two below each other and their right
+    // neighbours; of columns, one, its right neighbour, and the two below.
+    const int lane = thread.lane();
+    const int vector_place = vectors + lane % 16 * kPitch + lane / 16 * 8;
+    const int column_place = columns + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
     // Tensor cores truncate as they add: short chains only, the rest in rounded additions.
     float products[2][4][4] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      uint32_t a[2][4], b[4][2];
+      uint32_t a[2][4], b[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) thread.template load_matrices<false>(tiles, vector_place + i * 16 * kPitch + k, a[i]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) thread.template load_matrices<false>(tiles, column_place + j * 16 * kPitch + k, b[j]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          a[i][word] = words(vectors + place + (i * 16 + word % 2 * 8) * kPitch + k + word / 2 * 8);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int word = 0; word < 2; ++word) b[j][word] = words(columns + place + j * 8 * kPitch + k + word * 8);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) thread.template multiply_add_16x8x16<T>(products[i][j], a[i], b[j]);
+        for (int j = 0; j < 4; ++j)
+          thread.template multiply_add_16x8x16<T>(products[i][j], a[i], {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]});
       }
     }
 #pragma unroll
