@@ -146,13 +146,16 @@ GGRO_DEVICE Vector<T, N> load_vector(const T* source) {
 
 template <typename T, int N>
 GGRO_DEVICE void store_vector(T* target, const Vector<T, N>& value) {
-  static_assert(sizeof(value) == 16);
-  uint32_t words[4];
-  memcpy(words, &value, sizeof(words));
-  // nvcc would merge a plain store with one of single elements on another path.
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+  if constexpr (sizeof(value) == 16) {
+    uint32_t words[4];
+    memcpy(words, &value, sizeof(words));
+    // nvcc would merge a plain store with one of single elements on another path.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    *reinterpret_cast<Vector<T, N>*>(target) = value;
+  }
 }
 
 // The larger; NaN if one of them is.
