@@ -201,6 +201,8 @@ def test_bits_do_not_depend_on_addresses(dtype: torch.dtype, kernel_impl: str) -
     assert torch.equal(bitwise(prefix_attention(**arguments | odd, impl=kernel_impl)), expected)
 
 
+# Not by interpreted Triton, which takes a quarter of a minute for it.
+@pytest.mark.parametrize("impl", ["reference", *NATIVE, "cuda"], indirect=True)
 def test_long_prefix(impl: str) -> None:
     arguments = inputs(1, 2, 1, 8, 17500, (2,))
     check(arguments, impl)
