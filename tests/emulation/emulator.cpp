@@ -206,7 +206,7 @@ void Block::arrive(const char* operation) {
 }
 
 void Block::sync_warp() {
-  const int64_t epoch = warps_[current_ / 32].epoch;
+  const int32_t epoch = warps_[current_ / 32].epoch;
   arrive("sync_warp");
   warps_[current_ / 32].epoch = epoch + 1;
 }
@@ -232,60 +232,66 @@ void Block::allocate(int offset, int bytes) {
   if (ends_of_arrays_[array] != offset + bytes) fail("its arrays in shared memory differ from those of other threads");
 }
 
-Touch Block::now() const { return {current_, current_ / 32, epoch_, warps_[current_ / 32].epoch}; }
+Touch Block::now() const {
+  const int warp = current_ / 32;
+  return {static_cast<int16_t>(current_), static_cast<int16_t>(warp), epoch_, warps_[warp].epoch};
+}
 
-// Whether a barrier lies between what was done then and now, or it was this thread's own doing.
-bool Block::ordered(const Touch& earlier) const {
-  if (earlier.thread == Touch::kNobody || earlier.thread == current_ || earlier.block_epoch < epoch_) return true;
-  return earlier.warp == current_ / 32 && earlier.warp_epoch < warps_[current_ / 32].epoch;
+// Whether a barrier lies between what was done then and now, or it was the same thread's doing.
+bool Block::ordered(const Touch& earlier, const Touch& now) {
+  if (earlier.block_epoch < now.block_epoch || earlier.thread == now.thread) return true;
+  return earlier.warp == now.warp && earlier.warp_epoch < now.warp_epoch;
 }
 
 void Block::note_read(int offset, size_t bytes) {
+  const Touch touch = now();
   for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
     Granule& granule = granules_[i];
     if (!granule.written) fail("shared memory is read before it is written, at byte " + std::to_string(i * kGranule));
-    if (!ordered(granule.write)) {
+    if (!ordered(granule.write, touch)) {
       fail("shared memory is read without a barrier after thread " + std::to_string(granule.write.thread) +
            " wrote it, at byte " + std::to_string(i * kGranule));
     }
-    const Touch touch = now();
-    if (granule.read.thread != touch.thread && granule.read.block_epoch == epoch_) {
-      granule.read.thread = Touch::kSeveral;
-      if (granule.read.warp != touch.warp) granule.read.warp = Touch::kSeveral;
-      granule.read.warp_epoch = std::max(granule.read.warp_epoch, touch.warp_epoch);
+    Touch& read = granule.read;
+    if (read.block_epoch != touch.block_epoch || read.thread == touch.thread) {
+      read = touch;
     } else {
-      granule.read = touch;
+      read.thread = Touch::kSeveral;
+      if (read.warp != touch.warp) read.warp = Touch::kSeveral;
+      read.warp_epoch = std::max(read.warp_epoch, touch.warp_epoch);
     }
   }
 }
 
-void Block::check_write(const Granule& granule, int offset) {
-  if (!ordered(granule.read)) {
+void Block::check_write(const Granule& granule, const Touch& now, int offset) {
+  if (!ordered(granule.read, now)) {
     fail("shared memory is written without a barrier after others read it, at byte " + std::to_string(offset));
   }
-  if (!ordered(granule.write)) {
+  if (!ordered(granule.write, now)) {
     fail("shared memory is written without a barrier after thread " + std::to_string(granule.write.thread) +
          " wrote it, at byte " + std::to_string(offset));
   }
 }
 
 void Block::note_write(int offset, size_t bytes) {
+  const Touch touch = now();
   for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
-    check_write(granules_[i], static_cast<int>(i) * kGranule);
+    check_write(granules_[i], touch, static_cast<int>(i) * kGranule);
     granules_[i].written = true;
     granules_[i].atomic = false;
-    granules_[i].write = now();
+    granules_[i].write = touch;
   }
 }
 
 void Block::note_atomic(int offset, size_t bytes) {
+  Touch touch = now();
   for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
     Granule& granule = granules_[i];
     if (!granule.written) fail("shared memory is added to before it is written");
     const bool with_atomics = granule.atomic && granule.write.block_epoch == epoch_;
-    if (!with_atomics) check_write(granule, static_cast<int>(i) * kGranule);
+    if (!with_atomics) check_write(granule, touch, static_cast<int>(i) * kGranule);
     granule.atomic = true;
-    granule.write = now();
+    granule.write = touch;
     // Nobody's own: whoever reads it needs a barrier.
     granule.write.thread = granule.write.warp = Touch::kSeveral;
   }

@@ -29,12 +29,12 @@ void check_alignment(const void* address, size_t bytes);
 
 // Who touched a piece of shared memory last, and when.
 struct Touch {
-  static constexpr int kNobody = -1;
-  static constexpr int kSeveral = -2;
-  int thread = kNobody;
-  int warp = kNobody;
-  int64_t block_epoch = -1;
-  int64_t warp_epoch = -1;
+  static constexpr int16_t kNobody = -1;
+  static constexpr int16_t kSeveral = -2;
+  int16_t thread = kNobody;
+  int16_t warp = kNobody;
+  int32_t block_epoch = -1;
+  int32_t warp_epoch = -1;
 };
 
 struct Granule {
@@ -78,7 +78,7 @@ class Block {
   struct Warp {
     int arrived = 0;
     int parity = 0;
-    int64_t epoch = 0;
+    int32_t epoch = 0;
     const char* operation = nullptr;
     alignas(kSlotBytes) unsigned char slots[2][32 * kSlotBytes];
   };
@@ -88,8 +88,8 @@ class Block {
   void yield();
   void resume(int thread);
   void arrive(const char* operation);
-  bool ordered(const Touch& earlier) const;
-  void check_write(const Granule& granule, int offset);
+  static bool ordered(const Touch& earlier, const Touch& now);
+  static void check_write(const Granule& granule, const Touch& now, int offset);
   Touch now() const;
   std::string stuck() const;
 
@@ -98,7 +98,7 @@ class Block {
   uint64_t random_;
   int64_t index_ = -1;
   int current_ = -1;
-  int64_t epoch_ = 0;
+  int32_t epoch_ = 0;
   int arrived_ = 0;
   int finished_ = 0;
   std::exception_ptr error_;
