@@ -38,7 +38,7 @@ from tests.ggro_kernels.test_registration import assert_bitwise_equal
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 INTERPRETED_EXAMPLES = 20
-"""How many examples of Triton's kernels: their interpreter takes a tenth of a second for each row."""
+"""How many examples of the GPU's kernels: Triton's interpreter takes a tenth of a second for each row."""
 
 
 def shared_by(threads: int, call: Callable[[], Any]) -> Any:
@@ -193,8 +193,7 @@ def test_lm_head_entropy_topk_on_a_gpu(gpu_impl: str, data: st.DataObject, argum
     check_lm_head_entropy_topk(gpu_impl, data, arguments, threads=1)
 
 
-@given(data=st.data(), threads=strategies.thread_counts)
-def test_entropy_topk_gradients(kernel_impl: str, data: st.DataObject, threads: int) -> None:
+def check_entropy_topk_gradients(impl: str, data: st.DataObject, threads: int) -> None:
     rows, vocab = data.draw(st.integers(0, 4)), data.draw(strategies.sizes(300, 2049, 4161))
     logits = data.draw(strategies.values((rows, vocab), data.draw(strategies.dtypes), largest=1e4))
     # The gradient of a row that they spoil is tested by itself.
@@ -203,10 +202,21 @@ def test_entropy_topk_gradients(kernel_impl: str, data: st.DataObject, threads: 
     temperature = data.draw(st.sampled_from((1.0, 0.05, 0.7, 100.0)))
     # Row by row, so that a large row does not excuse a small one.
     for row in range(rows):
-        backward_tests.check(logits[row : row + 1], k, kernel_impl, temperature)
-    alone = backward_tests.gradient_of(logits, k, kernel_impl, temperature)
-    shared = shared_by(threads, lambda: backward_tests.gradient_of(logits, k, kernel_impl, temperature))
+        backward_tests.check(logits[row : row + 1], k, impl, temperature)
+    alone = backward_tests.gradient_of(logits, k, impl, temperature)
+    shared = shared_by(threads, lambda: backward_tests.gradient_of(logits, k, impl, temperature))
     assert_bitwise_equal(shared, alone)
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_entropy_topk_gradients(native_impl: str, data: st.DataObject, threads: int) -> None:
+    check_entropy_topk_gradients(native_impl, data, threads)
+
+
+@settings(max_examples=INTERPRETED_EXAMPLES)
+@given(data=st.data())
+def test_entropy_topk_gradients_on_a_gpu(gpu_impl: str, data: st.DataObject) -> None:
+    check_entropy_topk_gradients(gpu_impl, data, threads=1)
 
 
 def check_merge_partials(impl: str, data: st.DataObject, threads: int) -> None:
