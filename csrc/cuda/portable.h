@@ -35,6 +35,12 @@ struct alignas(sizeof(T) * N) Vector {
   T data[N];
 };
 
+// Bytes of shared memory that thread.shared<T>(count) takes.
+template <typename T>
+constexpr int shared_bytes_of(int count) {
+  return (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+}
+
 }  // namespace ggro::cuda
 
 #ifdef __CUDACC__

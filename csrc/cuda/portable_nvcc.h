@@ -125,7 +125,7 @@ class Thread {
   template <typename T>
   GGRO_DEVICE Shared<T> shared(int count) {
     T* data = reinterpret_cast<T*>(shared_);
-    shared_ += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+    shared_ += shared_bytes_of<T>(count);
     return Shared<T>(data);
   }
 

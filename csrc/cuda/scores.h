@@ -52,7 +52,7 @@ struct HalfScoresKernel {
   static constexpr int kRows = 64, kColumns = 128, kDepth = 64, kStages = 3;
   // So that the eight rows of a fragment lie in different banks.
   static constexpr int kPitch = kDepth + 8;
-  static constexpr int kSharedBytes = kStages * (kRows + kColumns) * kPitch * 2;
+  static constexpr int kSharedBytes = shared_bytes_of<T>(kStages * (kRows + kColumns) * kPitch);
 
   static GGRO_DEVICE void run(Thread& thread, const Args& args) {
     const Shared<T> tiles = thread.shared<T>(kStages * (kRows + kColumns) * kPitch);
@@ -152,7 +152,8 @@ struct FloatScoresKernel {
   static constexpr int kRows = 16, kColumns = 128, kDepth = 32;
   static constexpr int kThreadRows = 2, kThreadColumns = 4;
   static constexpr int kRowPitch = kRows + 4, kColumnPitch = kColumns + 4;
-  static constexpr int kSharedBytes = 4 * kDepth * (kRowPitch + kColumnPitch);
+  static constexpr int kSharedBytes =
+      shared_bytes_of<float>(kDepth * kRowPitch) + shared_bytes_of<float>(kDepth * kColumnPitch);
 
   static GGRO_DEVICE void run(Thread& thread, const Args& args) {
     // Along the rows of a tile lie vectors, or columns: what a thread multiplies is one load.

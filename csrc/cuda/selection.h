@@ -32,7 +32,7 @@ template <int kThreads>
 class BlockCounts {
  public:
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kSharedBytes = 2 * 3 * kWarps * 4 + 16;
+  static constexpr int kSharedBytes = shared_bytes_of<uint32_t>(2 * 3 * kWarps);
 
   GGRO_DEVICE explicit BlockCounts(Thread& thread) : sums_(thread.shared<uint32_t>(2 * 3 * kWarps)) {}
 

@@ -142,7 +142,8 @@ struct SelectKernel {
 
   static int shared_bytes(int columns, int k, bool grouped) {
     const int candidates = grouped ? static_cast<int>(searched_whole(k)) : columns;
-    return BlockCounts<kThreads>::kSharedBytes + 4 * candidates + 8 * k + 4 * k + 3 * 16 + 3 * kWarps * 4 + 16;
+    return BlockCounts<kThreads>::kSharedBytes + shared_bytes_of<uint32_t>(candidates) + shared_bytes_of<uint64_t>(k) +
+           shared_bytes_of<int>(k) + shared_bytes_of<float>(3 * kWarps);
   }
 
   static GGRO_DEVICE void run(Thread& thread, const Args& args) {

@@ -143,7 +143,7 @@ class Thread {
   template <typename T>
   Shared<T> shared(int count) {
     const int offset = offset_;
-    offset_ += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+    offset_ += shared_bytes_of<T>(count);
     block_.allocate(offset, offset_ - offset);
     return Shared<T>(block_, offset, count);
   }
