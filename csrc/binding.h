@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 
 #include "ggro/cuda.h"
@@ -70,11 +69,6 @@ constexpr bool has_fields() {
   return has_room_for<Args, ForEach<Fields>...>(0) && !has_room_for<Args, ForEach<Fields>..., AnyField>(0);
 }
 
-template <typename Args, typename = void>
-constexpr bool has_num_threads = false;
-template <typename Args>
-constexpr bool has_num_threads<Args, std::void_t<decltype(&Args::num_threads)>> = true;
-
 // Defines a function that takes the fields in this order. Tensors, their checks and their allocation belong to Python.
 template <typename Args, typename... Fields>
 void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Args::*... fields) {
@@ -94,11 +88,7 @@ void define(py::module_& m, const char* name, void (*op)(const Args&), Fields Ar
 template <typename Args, typename... Fields>
 void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const Args&),
             void (*op)(const Args&, void*, const cuda::Stream&), Fields Args::*... fields) {
-  if constexpr (has_num_threads<Args>) {
-    static_assert(has_fields<Args, Fields..., int>(), "name every field of the argument struct but num_threads once");
-  } else {
-    static_assert(has_fields<Args, Fields...>(), "name every field of the argument struct once");
-  }
+  static_assert(has_fields<Args, Fields..., int>(), "name every field of the argument struct but num_threads once");
   m.def((std::string(name) + "_workspace").c_str(), [=](typename Wire<Fields>::Type... values) {
     Args args = {};
     ((args.*fields = Wire<Fields>::read(values)), ...);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "portable.h"
+#include "warp.h"
 
 namespace ggro::cuda {
 
@@ -35,8 +36,7 @@ GGRO_DEVICE float warp_dot(const Thread& thread, const A* a, const B* b, int64_t
   for (; first < width; first += 32 * kDotWidth) {
     for (int64_t i = first; i < first + kDotWidth && i < width; ++i) sum = fmaf(to_float(a[i]), to_float(b[i]), sum);
   }
-  for (int mask = 16; mask > 0; mask /= 2) sum += thread.shuffle_xor(sum, mask);
-  return sum;
+  return sum_of_lanes(thread, sum);
 }
 
 }  // namespace ggro::cuda

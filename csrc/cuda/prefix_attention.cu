@@ -3,6 +3,7 @@
 #include "dot.h"
 #include "dtypes.h"
 #include "ggro/cuda.h"
+#include "warp.h"
 
 // Floor: the keys and values of prefix and branches read once, 2 (N + T) Hkv D elements. A first launch takes all rows
 // of a key head, 64 at a time, through every split of the prefix; the second merges the splits of each row, with what
@@ -53,7 +54,7 @@ struct MergeKernel {
       const float score = thread.lane() >= first && thread.lane() <= own ? scaled : -INFINITY;
       maximum = warp_max(thread, score);
       const float weight = power_of_two(score - shift_of(maximum));
-      sum = warp_sum(thread, weight);
+      sum = sum_of_lanes(thread, weight);
       float value[kShortBranch];
 #pragma unroll
       for (int key = 0; key < kShortBranch; ++key) {
@@ -83,7 +84,7 @@ struct MergeKernel {
       const float shift = shift_of(new_maximum);
       const float rescale = power_of_two(maximum - shift), factor = power_of_two(slot_maximum - shift);
       maximum = new_maximum;
-      sum = fmaf(sum, rescale, warp_sum(thread, product(factor, slot_sum)));
+      sum = fmaf(sum, rescale, sum_of_lanes(thread, product(factor, slot_sum)));
       out *= rescale;
       const unsigned with = thread.ballot(has);
       for (int group = 0; group < 32; group += kSlotsAtOnce) {
@@ -108,10 +109,6 @@ struct MergeKernel {
  private:
   static GGRO_DEVICE float warp_max(const Thread& thread, float x) {
     for (int mask = 1; mask < 32; mask *= 2) x = fmaxf(x, thread.shuffle_xor(x, mask));
-    return x;
-  }
-  static GGRO_DEVICE float warp_sum(const Thread& thread, float x) {
-    for (int mask = 1; mask < 32; mask *= 2) x += thread.shuffle_xor(x, mask);
     return x;
   }
 };
@@ -139,13 +136,24 @@ AttentionArgs arguments(const PrefixAttentionArgs& op, void* workspace) {
 }
 
 template <typename T, int P, bool kWide = false>
-void attend(AttentionArgs& args, const Stream& stream) {
+void attend_in_columns(AttentionArgs& args, const Stream& stream) {
   using Kernel = AttendKernel<T, P, kWide>;
   args.row_tiles = static_cast<int>(divide_up(args.rows, Kernel::kRows));
   args.value_tiles = static_cast<int>(divide_up(args.op.value_width, P));
   const int64_t heads = args.op.batch * args.op.key_heads;
   launch<Kernel>("prefix_attention: attend", heads * (args.slots - args.first_slot) * args.value_tiles * args.row_tiles,
                  Kernel::shared_bytes(args.rows), args, stream);
+}
+
+template <typename T>
+void attend(AttentionArgs& args, const Stream& stream) {
+  const int64_t widest = args.op.key_width > args.op.value_width ? args.op.key_width : args.op.value_width;
+  if (widest <= 64) return attend_in_columns<T, 64>(args, stream);
+  if (widest <= 128) return attend_in_columns<T, 128>(args, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (widest <= 256) return attend_in_columns<T, 256>(args, stream);
+  }
+  attend_in_columns<T, 128, true>(args, stream);
 }
 
 }  // namespace
@@ -158,21 +166,10 @@ int64_t prefix_attention_workspace(const PrefixAttentionArgs& op) {
 void prefix_attention(const PrefixAttentionArgs& op, void* workspace, const Stream& stream) {
   if (op.batch * op.query_heads * op.tokens * op.value_width == 0) return;
   AttentionArgs args = arguments(op, workspace);
-  const int64_t widest = op.key_width > op.value_width ? op.key_width : op.value_width;
   const bool attends = args.slots > args.first_slot;
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr bool kHalf = sizeof(T) == 2;
-    if (!attends) {
-    } else if (widest <= 64) {
-      attend<T, 64>(args, stream);
-    } else if (widest <= 128) {
-      attend<T, 128>(args, stream);
-    } else if (kHalf && widest <= 256) {
-      if constexpr (kHalf) attend<T, 256>(args, stream);
-    } else {
-      attend<T, 128, true>(args, stream);
-    }
+    if (attends) attend<T>(args, stream);
     using Merge = MergeKernel<T>;
     launch<Merge>("prefix_attention: merge", divide_up(Merge::items(args), Merge::kThreads / 32), 0, args, stream,
                   attends);

@@ -3,6 +3,7 @@
 #include "logits.h"
 #include "portable.h"
 #include "selection.h"
+#include "warp.h"
 
 // Entropy, logsumexp and top k of rows as wide as a vocabulary, in two launches.
 //
@@ -103,10 +104,8 @@ struct ReduceKernel {
         t += shifted * power;
       }
     }
-    for (int mask = 1; mask < 32; mask *= 2) {
-      s += thread.shuffle_xor(s, mask);
-      t += thread.shuffle_xor(t, mask);
-    }
+    s = sum_of_lanes(thread, s);
+    t = sum_of_lanes(thread, t);
     if (thread.lane() == 0) {
       const int64_t stride = args.reduced.chunks;
       float* sums = args.reduced.sums + row * 3 * stride + args.first_chunk + chunk;
@@ -212,10 +211,8 @@ struct SelectKernel {
       s += factor * sums[chunks + i];
       t += factor * (sums[2 * chunks + i] + shift * sums[chunks + i]);
     }
-    for (int mask = 1; mask < 32; mask *= 2) {
-      s += thread.shuffle_xor(s, mask);
-      t += thread.shuffle_xor(t, mask);
-    }
+    s = sum_of_lanes(thread, s);
+    t = sum_of_lanes(thread, t);
     if (thread.lane() == 0) {
       warps.store(kWarps + thread.warp(), s);
       warps.store(2 * kWarps + thread.warp(), t);

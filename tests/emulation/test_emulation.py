@@ -78,6 +78,14 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU, the kernels run there")
 @pytest.mark.parametrize("call", calls())
+def test_the_tests_of_cuda_do_not_run_the_kernels_of_the_cpu(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    select("cuda", monkeypatch)
+    monkeypatch.setattr("ggro_kernels.native.native", lambda: pytest.fail("the CPU's kernels ran"))
+    calls()[call]()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("call", calls())
 def test_the_order_of_threads_and_blocks_changes_no_bit(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     select("cuda", monkeypatch)
     results = []
