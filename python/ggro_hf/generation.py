@@ -44,7 +44,7 @@ def generate_iter(
     eos_ids = end_of_sequence_ids(model)
     for row, prompt in enumerate(prompts, start=first_row):
         prompt_ids = decoder.encode_prompt(tokenizer, prompt)
-        generation = decoder.respond(Request(model, prompt_ids, max_new_tokens, eos_ids, row))
+        generation = decoder.respond(Request(model, prompt_ids, max_new_tokens, eos_ids, row, prompt, tokenizer))
         generation.prompt = prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt_ids))
         if generation.text is None:
             generation.text = str(tokenizer.decode(generation.token_ids, skip_special_tokens=True))

@@ -35,13 +35,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to decode; `row` numbers it, so that random numbers do not depend on how prompts are batched."""
+    """One response to decode; `row` numbers it, so that random numbers do not depend on how prompts are batched.
+
+    `prompt` and the policy's `tokenizer` are there where text came in; rewards that read text need them.
+    """
 
     model: PreTrainedModel
     prompt_ids: list[int]
     max_new_tokens: int
     eos_ids: frozenset[int]
     row: int = 0
+    prompt: Prompt | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Decoder(ABC):
