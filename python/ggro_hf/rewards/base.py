@@ -24,8 +24,8 @@ class Capabilities:
     """What decides how candidates are scored.
 
     `reads_ids`: takes the policy's token ids, so that no text is made. `cached_prefix`: what candidates share is
-    computed once. `tree`: candidates of one prefix go through one forward pass. `gradient`: has gradients with respect
-    to its input embeddings, which GGRO needs. `max_tokens`: longest input in the reward's own tokens, if it has a limit.
+    computed once. `tree`: candidates of one prefix go through one forward pass. `gradient`: it has gradients at its
+    input embeddings, which GGRO needs. `max_tokens`: longest input in its own tokens, None for no limit.
     """
 
     reads_ids: bool
