@@ -6,13 +6,15 @@
 scores every branch as if it followed the cached prefix alone. A forward without `branch_starts` is causal attention.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ggro_hf.transfer import to_device
@@ -25,12 +27,34 @@ _USE_ANOTHER = "use model.set_attn_implementation('sdpa') or 'eager' for it"
 _UNSUPPORTED = ("position_bias", "s_aux", "cu_seq_lens_q", "cache")
 
 
+class SharedPrefix(Protocol):
+    """Keys and values `[1, Hkv, >= length, D]` of one layer, of which the first `length` count."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+
 @dataclass(frozen=True, slots=True)
 class StaticPrefix:
     """In place of a mask for one token behind a static cache: `lengths[1]` int64 on the device, and the window."""
 
     lengths: Tensor
     window: int | None
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model with another attention implementation for a while."""
+    previous = model.config._attn_implementation
+    if implementation == previous:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
 
 
 def pack_branches(
@@ -75,6 +99,7 @@ def prefix_attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     branch_starts: Tensor | None = None,
+    shared_prefix: Sequence[SharedPrefix] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the query's T tokens to the cache, whose last T keys and values are their own.
@@ -87,6 +112,7 @@ def prefix_attention_forward(
         scaling, dropout, softcap, is_causal: as the model has them.
         sliding_window: likewise; some models tell their mask alone about it.
         branch_starts: [B, T] int64, see `pack_branches`; None for one branch.
+        shared_prefix: for every layer, what comes before the keys and values in all rows; for one token a row.
 
     Returns:
         output [B, T, Hq, D], and None for the attention weights, which are never there.
@@ -107,6 +133,11 @@ def prefix_attention_forward(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise RuntimeError(f"{PREFIX_ATTENTION} has no backward pass: call the model under torch.no_grad()")
     batch, _, tokens, _ = query.shape
+    if shared_prefix is not None:
+        layer = shared_prefix[cast(int, module.layer_idx)]
+        own_window = attention_mask if isinstance(attention_mask, int) else sliding_window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _one_token_behind_shared_prefix(query, key, value, layer, scale, softcap, own_window), None
     if branch_starts is None:
         branch_starts = torch.zeros(batch, tokens, dtype=torch.int64, device=query.device)
     prefix = key.shape[2] - tokens
@@ -128,6 +159,36 @@ def prefix_attention_forward(
         window=window,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _one_token_behind_shared_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: SharedPrefix,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention `[R, 1, Hq, D]` of one token a row to the prefix, read once for all rows, and to the row's own keys."""
+    rows, heads, _, width = query.shape
+    key_heads = key.shape[1]
+    beyond = 0 if window is None else max(0, prefix.length + key.shape[2] - window)
+    shared = slice(min(beyond, prefix.length), prefix.length)
+    own = slice(max(0, beyond - prefix.length), None)
+    shared_key, shared_value = prefix.keys[0, :, shared], prefix.values[0, :, shared]
+    grouped = query.view(rows, key_heads, heads // key_heads, width)
+    by_head = grouped.transpose(0, 1).reshape(key_heads, -1, width)
+    to_shared = (by_head @ shared_key.mT).view(key_heads, rows, -1, shared_key.shape[1]).transpose(0, 1)
+    scores = torch.cat([to_shared, grouped @ key[:, :, own].mT], dim=-1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    # As eager attention does it; never in less than fp32.
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    on_shared, on_own = weights.split([shared_key.shape[1], scores.shape[-1] - shared_key.shape[1]], dim=-1)
+    from_shared = on_shared.transpose(0, 1).reshape(key_heads, -1, shared_key.shape[1]) @ shared_value
+    output = from_shared.view(key_heads, rows, -1, value.shape[-1]).transpose(0, 1) + on_own @ value[:, :, own]
+    return output.reshape(rows, 1, heads, value.shape[-1])
 
 
 def window_for_mask(

@@ -9,13 +9,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _GROWTH = 256
 
+KeysAndValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""Of consecutive tokens, `[batch, heads, tokens, head_dim]`, one pair a layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Consecutive tokens with their keys and values `[batch, heads, tokens, head_dim]`, one pair a layer."""
+    """Consecutive tokens with their keys and values."""
 
     token_ids: list[int]
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    layers: KeysAndValues
 
 
 class RewindableLayer(DynamicLayer):
@@ -82,10 +85,9 @@ class RewindableLayer(DynamicLayer):
             self.keys.zero_()
             self.values.zero_()
 
-    def read_last(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy the keys and values of the last `tokens` tokens."""
-        last = slice(self.length - tokens, self.length)
-        return self.keys[:, :, last].clone(), self.values[:, :, last].clone()
+    def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy the keys and values of tokens `start .. end`."""
+        return self.keys[:, :, start:end].clone(), self.values[:, :, start:end].clone()
 
     def get_seq_length(self) -> int:
         return self.length
@@ -198,6 +200,11 @@ class RewindableCache(Cache):
             layer.clear()
 
     @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers have; None stands for layers without one."""
+        return {layer.sliding_window for layer in self._rewindable}
+
+    @property
     def rows(self) -> int:
         """Tokens that the buffers have room for; 0 before the first pass."""
         layer = self._rewindable[0]
@@ -208,18 +215,126 @@ class RewindableCache(Cache):
         for layer in self._rewindable:
             layer.grow(0)
 
+    def fork(self, rows: int, capacity: int) -> "ForkedCache":
+        """A cache of that many rows which all continue this one; it must stay as it is meanwhile."""
+        return ForkedCache(self._rewindable, rows, capacity)
+
     def static(self, rows: torch.Tensor, *, masked: bool) -> Cache:
         """The same buffers for a forward of one token: see `StaticLayer`. Outdated once they have grown."""
         return Cache(layers=[StaticLayer(layer, rows, masked=masked) for layer in self._rewindable])
 
+    def read(self, start: int, end: int) -> KeysAndValues:
+        """Copy the keys and values of tokens `start .. end`."""
+        return tuple(layer.read(start, end) for layer in self._rewindable)
+
+    def write(self, layers: KeysAndValues) -> None:
+        """Append keys and values that were computed after the same prefix."""
+        for layer, (keys, values) in zip(self._rewindable, layers, strict=True):
+            layer.write(keys, values)
+
     def save(self, token_ids: list[int]) -> Branch:
         """Copy the keys and values of the last tokens, which are `token_ids`."""
-        return Branch(token_ids, tuple(layer.read_last(len(token_ids)) for layer in self._rewindable))
+        length = self._rewindable[0].length
+        return Branch(token_ids, self.read(length - len(token_ids), length))
 
     def restore(self, branch: Branch) -> None:
         """Append a branch again; it must have been saved after the same prefix."""
-        for layer, (keys, values) in zip(self._rewindable, branch.layers, strict=True):
-            layer.write(keys, values)
+        self.write(branch.layers)
+
+
+class ForkedLayer(DynamicLayer):
+    """What each of several rows adds to one prefix, whose keys and values are not copied.
+
+    Attention gets the rows' own keys and values, with `joined` those of prefix and row together: copied for every row
+    in every pass, but fit for any attention.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, prefix: RewindableLayer, rows: int, capacity: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.joined = False
+        self.is_sliding = prefix.is_sliding
+        self.dtype, self.device = prefix.dtype, prefix.device
+        self.is_initialized = True
+        self.length = 0
+        shapes = [(rows, buffer.shape[1], capacity, buffer.shape[3]) for buffer in (prefix.keys, prefix.values)]
+        self.keys, self.values = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.length + key_states.shape[-2]
+        if end > self.keys.shape[-2]:
+            raise IndexError(f"a fork with room for {self.keys.shape[-2]} tokens a row was given {end}")
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        first = self._first_visible()
+        self.length = end
+        if not self.joined:
+            return self.keys[:, :, :end], self.values[:, :, :end]
+        return self._joined(self.prefix.keys, self.keys, first), self._joined(self.prefix.values, self.values, first)
+
+    def get_seq_length(self) -> int:
+        return self.prefix.length + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first_visible()
+        return self.get_seq_length() - first + query_length, first
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Make `rows` the rows; a row may be repeated."""
+        self.keys, self.values = (self._selected(buffer, rows) for buffer in (self.keys, self.values))
+
+    def _selected(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        selected = buffer.new_empty((len(rows), *buffer.shape[1:]))
+        selected[:, :, : self.length] = buffer[rows, :, : self.length]
+        return selected
+
+    def _first_visible(self) -> int:
+        window = self.prefix.sliding_window
+        return 0 if window is None else max(0, self.get_seq_length() - window + 1)
+
+    def _joined(self, prefix: torch.Tensor, own: torch.Tensor, first: int) -> torch.Tensor:
+        before = prefix[:, :, min(first, self.prefix.length) : self.prefix.length]
+        after = own[:, :, max(0, first - self.prefix.length) : self.length]
+        return torch.cat([before.expand(len(own), -1, -1, -1), after], dim=2)
+
+
+class ForkedCache(Cache):
+    """Rows of equal length that continue one prefix."""
+
+    def __init__(self, prefix: list[RewindableLayer], rows: int, capacity: int) -> None:
+        self._forked = [ForkedLayer(layer, rows, capacity) for layer in prefix]
+        super().__init__(layers=list(self._forked))
+
+    @property
+    def shared_prefix(self) -> list[RewindableLayer]:
+        """What comes before the rows' own keys and values, for every layer."""
+        return [layer.prefix for layer in self._forked]
+
+    def join(self) -> None:
+        """Hand attention the keys and values of prefix and rows together from now on."""
+        for layer in self._forked:
+            layer.joined = True
+
+    def select(self, rows: list[int]) -> None:
+        """Make `rows` the rows; a row may be repeated."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self._forked[0].device)
+        for layer in self._forked:
+            layer.select(index)
+
+    def read(self, row: int) -> KeysAndValues:
+        """Copy what a row has added to the prefix."""
+        return tuple(
+            (
+                layer.keys[row : row + 1, :, : layer.length].clone(),
+                layer.values[row : row + 1, :, : layer.length].clone(),
+            )
+            for layer in self._forked
+        )
 
 
 def _rewindable(layer: object, capacity: int, config: PretrainedConfig) -> RewindableLayer:

@@ -1,22 +1,18 @@
 """One token through a model at fixed addresses: captured once, replayed for every token at the cost of a launch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from ggro_hf.attention import PREFIX_ATTENTION
+from ggro_hf.attention import PREFIX_ATTENTION, attending
 from ggro_hf.cache import RewindableCache
 from ggro_hf.graphs import CAPTURES, Captured
+from ggro_hf.models import TOLERANCE, device_of
 from ggro_hf.reading import Reader
 from ggro_hf.transfer import Transfer, pack, to_device
 
 _MOST_READERS = 8
-
-# How far the captured pass's logits may be from the ordinary one's, relative to the largest (at least 1).
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
 class CaptureError(RuntimeError):
@@ -67,7 +63,7 @@ class DecodeStep:
 
         @torch.inference_mode()
         def one_token() -> torch.Tensor:
-            with _attending(model, attention):
+            with attending(model, attention):
                 output = model(
                     input_ids=token, position_ids=position, past_key_values=static, use_cache=True, logits_to_keep=1
                 )
@@ -138,22 +134,9 @@ class DecodeStep:
 def _check(logits: torch.Tensor, expected: torch.Tensor) -> None:
     finite = expected.isfinite()
     scale = expected[finite].abs().amax().clamp(min=1.0) if finite.any() else 1.0
-    near = (logits - expected)[finite].abs() <= _TOLERANCE[expected.dtype] * scale
+    near = (logits - expected)[finite].abs() <= TOLERANCE[expected.dtype] * scale
     if not near.all() or not logits.isfinite().equal(finite):
         raise CaptureError("its captured pass gives other logits than its forward")
-
-
-@contextmanager
-def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    previous = model.config._attn_implementation
-    if implementation == previous:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)
 
 
 def forward(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]) -> torch.Tensor:
@@ -161,10 +144,3 @@ def forward(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]
     inputs = to_device([token_ids], device_of(model))
     logits: torch.Tensor = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[0, -1]
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its token ids."""
-    embedding: Any = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    return device

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ggro_hf import step_pool
 from ggro_hf.cache import Branch, common_prefix_length
 from ggro_hf.decode_step import forward
+from ggro_hf.policy_rows import PolicyRows
 from ggro_hf.reading import Reader
 from ggro_hf.results import Counters
 from ggro_hf.transfer import to_host
@@ -81,6 +82,11 @@ class Policy(Generic[T]):
         self.rewind(kept)
         return self.extend(token_ids[kept:])
 
+    def fork(self, rows: int, capacity: int) -> PolicyRows:
+        """Rows that continue the sequence, with room for `capacity` tokens each; it must stay as it is meanwhile."""
+        self._stop()
+        return PolicyRows(self._model, self._cache, len(self.token_ids), self._counters, rows, capacity)
+
     def _stop(self) -> None:
         if self._slot.step is not None:
             self._slot.step.stop()
@@ -93,8 +99,3 @@ def check_policy(model: PreTrainedModel) -> None:
             f"model is a {type(model).__name__}, which is no decoder-only language model; "
             "load one with AutoModelForCausalLM"
         )
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Largest number of tokens the model was built for, if its configuration says so."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -9,7 +9,7 @@ import torch
 from ggro_kernels import entropy_topk
 
 # `entropy_topk` selects up to this many; more candidates than that are a full sort.
-_LARGEST_KERNEL_K = 256
+LARGEST_KERNEL_K = 256
 
 T = TypeVar("T")
 
@@ -53,9 +53,9 @@ class TopK(Reader[Position]):
     k: int
 
     def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        top = entropy_topk(logits[None], min(self.k, _LARGEST_KERNEL_K))
+        top = entropy_topk(logits[None], min(self.k, LARGEST_KERNEL_K))
         values, indices = top.values[0], top.indices[0]
-        if self.k > _LARGEST_KERNEL_K:
+        if self.k > LARGEST_KERNEL_K:
             values, indices = (ordered[: self.k] for ordered in logits.sort(descending=True, stable=True))
         return indices, top.logsumexp, top.entropy, values
 

@@ -19,7 +19,8 @@ class Candidate:
     without keeping it (the high-entropy token that opens the next segment), `boundary_entropy` its entropy.
     `forced_tokens` are the tokens that replaced the policy's own from the insertion offset on; the candidate before
     any intervention has none. `proposals` and `proposal_scores` are the policy's likeliest tokens at the insertion
-    offset and the gradient's score of each; they are empty where no further candidate could follow.
+    offset and the gradient's score of each; they are empty where no further candidate could follow. `score` is what
+    the choice was made by where that is not the reward, `threshold` the reward that was wanted of the candidate.
     """
 
     token_ids: tuple[int, ...]
@@ -31,6 +32,8 @@ class Candidate:
     boundary_entropy: float | None = None
     proposals: tuple[int, ...] = ()
     proposal_scores: tuple[float, ...] = ()
+    score: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

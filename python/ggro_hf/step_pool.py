@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from ggro_hf.attention import PREFIX_ATTENTION
 from ggro_hf.cache import RewindableCache
-from ggro_hf.decode_step import CaptureError, DecodeStep, device_of, forward
+from ggro_hf.decode_step import CaptureError, DecodeStep, forward
 from ggro_hf.graphs import CAPTURES
+from ggro_hf.models import device_of
 from ggro_hf.reading import Reader
 from ggro_hf.transfer import wait_for
 from ggro_kernels.library import automatic

@@ -12,7 +12,7 @@ from ggro_hf.cli.errors import CommandError
 from ggro_hf.cli.models import default_device, load_policy, load_reward
 from ggro_hf.cli.self_check import check_kernels
 from ggro_hf.decoding.base import Request, end_of_sequence_ids
-from ggro_hf.policy import context_length
+from ggro_hf.models import context_length
 from ggro_kernels import info
 
 

@@ -118,8 +118,8 @@ class MethodSettings:
         if reward is None and args.method in ("ggro", "best-of-n"):
             raise CommandError(f"--method {args.method} with another --policy needs its --reward; name a reward model")
         dtype = args.dtype or ("float32" if args.policy == EMBEDDED else "auto")
-        preset = PRESETS[args.preset].max_new_tokens if args.preset else _DEFAULT_MAX_NEW_TOKENS
-        max_new_tokens = args.max_new_tokens or preset
+        of_preset = PRESETS[args.preset].max_new_tokens if args.preset else None
+        max_new_tokens = args.max_new_tokens or of_preset or _DEFAULT_MAX_NEW_TOKENS
         return cls(args.policy, reward, dtype, args.device, args.method, max_new_tokens, given)
 
     @property
@@ -133,7 +133,8 @@ class MethodSettings:
         if self.method != "ggro":
             return None
         preset = self.options.get("preset")
-        default = PRESETS[preset].entropy_threshold if preset else _DEFAULT_ENTROPY_THRESHOLD
+        settings = PRESETS[preset].settings if preset else {}
+        default = settings.get("entropy_threshold", _DEFAULT_ENTROPY_THRESHOLD)
         return self.options.get("entropy_threshold", default)
 
     def record(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.policy import Policy, check_policy, context_length
+from ggro_hf.models import check_room, context_length
+from ggro_hf.policy import Policy, check_policy
 from ggro_hf.prompts import Prompt, encode_prompt
 from ggro_hf.reading import Reader
 from ggro_hf.results import Counters, DecoderOutput, FinishReason, Generation
@@ -143,7 +144,7 @@ def check_request(request: Request) -> None:
         raise ValueError("prompt has no tokens; give it text, or a tokenizer that prepends a begin-of-sequence token")
     if request.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {request.max_new_tokens}, but must be at least 1")
-    check_context(request.model, request, "policy")
+    check_room("policy", context_length(request.model), len(request.prompt_ids), request.max_new_tokens)
 
 
 def finish_reason(token_ids: list[int], request: Request) -> FinishReason:
@@ -151,15 +152,11 @@ def finish_reason(token_ids: list[int], request: Request) -> FinishReason:
     return "eos" if token_ids[-1] in request.eos_ids else "length"
 
 
-def check_context(model: PreTrainedModel, request: Request, role: str) -> None:
-    """Raise ValueError where prompt and response do not fit the context of `model`."""
-    context = context_length(model)
-    wanted = len(request.prompt_ids) + request.max_new_tokens
-    if context is not None and wanted > context:
-        raise ValueError(
-            f"prompt of {len(request.prompt_ids)} tokens and max_new_tokens={request.max_new_tokens} need {wanted} "
-            f"positions, but the {role}'s context has {context}; shorten the prompt or lower max_new_tokens"
-        )
+def check_candidates(model: PreTrainedModel, candidates: int) -> None:
+    """Raise ValueError where more tokens are wanted than the policy's vocabulary has."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if candidates > vocabulary:
+        raise ValueError(f"candidates is {candidates}, but the policy's vocabulary has {vocabulary} tokens; lower it")
 
 
 def end_of_sequence_ids(model: PreTrainedModel, config: GenerationConfig | None = None) -> frozenset[int]:

@@ -1,82 +1,68 @@
-"""Best-of-N: draw N responses, keep the one that the reward model likes best."""
+"""Best-of-N: draw N responses, keep the one with the largest reward."""
 
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Decoder, Request, check_context, open_policy
-from ggro_hf.decoding.sample import Warped, draw_response, row_generator
+from ggro_hf.decoding.base import Request, finish_reason, open_policy
+from ggro_hf.decoding.drafts import DraftRules, draw_drafts
+from ggro_hf.decoding.drawing import Warped, uniforms
+from ggro_hf.decoding.guided import GuidedDecoder, best_index, check_positive
 from ggro_hf.results import Candidate, Counters, Generation, Segment, Trace
-from ggro_hf.rewards import RewardModel, RewardPrefix
+from ggro_hf.rewards import Reward
 
 
-class BestOfN(Decoder):
+class BestOfN(GuidedDecoder):
     """The best of `samples` drawn responses by reward; ties go to the first.
 
-    The prompt is computed once by both models. The trace has one segment whose candidates are the samples.
+    The prompt is computed once by both models. Responses are drawn side by side, `parallel` at a time (all of them by
+    default; fewer take less memory and draw the same). The trace has one segment whose candidates are the samples.
+
+    Raises ValueError for settings out of range; see `GuidedDecoder` for the other arguments.
     """
 
     def __init__(
         self,
-        reward: RewardModel,
+        reward: Reward,
         *,
         samples: int = 8,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        parallel: int | None = None,
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         streamer: BaseStreamer | None = None,
     ) -> None:
-        super().__init__(streamer=streamer)
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, but must be at least 1")
-        self.reward = reward
+        super().__init__(reward, tokenizer=tokenizer, streamer=streamer)
+        check_positive(samples=samples, parallel=1 if parallel is None else parallel)
         self.samples = samples
+        self.parallel = samples if parallel is None else min(parallel, samples)
         self.reader = Warped(temperature, top_k, top_p)
         self.seed = seed
-        if tokenizer is not None:
-            self.check_tokenizer(tokenizer)
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.reward.check_tokenizer(tokenizer)
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
-        check_context(self.reward.model, request, "reward model")
+        scoring = self._open_scoring(request, counters)
         policy = open_policy(request, counters, self.reader)
-        opening = policy.position
-        prefix = RewardPrefix(self.reward, counters, len(request.prompt_ids) + request.max_new_tokens)
-        with counters.phase("reward"):
-            prefix.extend(list(request.prompt_ids))
-        generator = row_generator(self.seed, request.row)
+        rules = DraftRules(request.eos_ids, request.max_new_tokens)
         candidates = []
-        for _ in range(self.samples):
-            policy.rewind(len(request.prompt_ids))
-            policy.position = opening
+        for first in range(0, self.samples, self.parallel):
+            draws = range(first, min(first + self.parallel, self.samples))
+            numbers = [uniforms(self.seed, request.row, draw) for draw in draws]
             with counters.phase("decode"):
-                token_ids, entropies = draw_response(policy, request, generator)
+                drafts = draw_drafts(policy, self.reader, numbers, rules)
             with counters.phase("reward"):
-                reward = prefix.score(token_ids).reward
-            candidates.append(Candidate(tuple(token_ids), tuple(entropies), reward, token_ids[-1] in request.eos_ids))
-        chosen = best_candidate(candidates)
-        segment = Segment(len(request.prompt_ids), 0, tuple(candidates), chosen)
-        best = segment.chosen
-        self._stream(list(best.token_ids))
-        return Generation(
-            request.prompt_ids,
-            list(best.token_ids),
-            "eos" if best.finished else "length",
-            best.reward,
-            Trace(list(best.entropies), [segment]),
-            counters,
-        )
-
-
-def best_candidate(candidates: list[Candidate]) -> int:
-    """Index of the largest reward, the first of equals; NaN never wins. Raises FloatingPointError if all are NaN."""
-    best, best_reward = None, 0.0
-    for index, candidate in enumerate(candidates):
-        if candidate.reward == candidate.reward and (best is None or candidate.reward > best_reward):
-            best, best_reward = index, candidate.reward
-    if best is None:
-        raise FloatingPointError("the reward model answers NaN for every candidate; check its weights and its dtype")
-    return best
+                (rewards,) = scoring.score([[draft.token_ids for draft in drafts]])
+            candidates += [
+                Candidate(
+                    tuple(draft.token_ids), tuple(draft.entropies), reward, draft.token_ids[-1] in request.eos_ids
+                )
+                for draft, reward in zip(drafts, rewards, strict=True)
+            ]
+        chosen = best_index([candidate.reward for candidate in candidates])
+        trace = Trace()
+        trace.append(Segment(len(request.prompt_ids), 0, tuple(candidates), chosen))
+        best = candidates[chosen]
+        token_ids = list(best.token_ids)
+        self._stream(token_ids)
+        reason = finish_reason(token_ids, request)
+        return Generation(request.prompt_ids, token_ids, reason, best.reward, trace, counters)

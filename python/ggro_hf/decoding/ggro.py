@@ -6,10 +6,11 @@ from typing import Any, Self
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Decoder, Request, check_context, finish_reason, open_policy
-from ggro_hf.decoding.presets import PRESETS
+from ggro_hf.decoding.base import Decoder, Request, check_candidates, finish_reason, open_policy
+from ggro_hf.decoding.presets import preset_settings
 from ggro_hf.decoding.released import ClampedTopK, decode_as_released, released_rules
 from ggro_hf.decoding.segment_search import EndRules, SearchSettings, SegmentSearch
+from ggro_hf.models import check_room, context_length
 from ggro_hf.prompts import Prompt, released_prompt
 from ggro_hf.reading import Position, Reader, TopK
 from ggro_hf.results import Counters, Generation, Trace
@@ -88,20 +89,7 @@ class GGRO(Decoder):
     @classmethod
     def from_preset(cls, name: str, reward: RewardModel, **overrides: Any) -> Self:
         """A decoder with the settings of `PRESETS[name]`, of which keyword arguments override any."""
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-        preset = PRESETS[name]
-        settings: dict[str, Any] = {
-            "entropy_threshold": preset.entropy_threshold,
-            "refinements": preset.refinements,
-            "candidates": preset.candidates,
-            "check_every": preset.check_every,
-            "nudge_tokens": preset.nudge_tokens,
-            "perplexity_ratio": preset.perplexity_ratio,
-        }
-        if preset.prefill_attack:
-            settings["insertion_offset"] = 0
-        return cls(reward, **(settings | overrides))
+        return cls(reward, **(preset_settings(name, cls.__name__) | overrides))
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if self.as_released:
@@ -112,12 +100,8 @@ class GGRO(Decoder):
         self.reward.check_tokenizer(tokenizer)
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
-        vocabulary = request.model.get_output_embeddings().weight.shape[0]
-        if self.candidates > vocabulary:
-            raise ValueError(
-                f"candidates is {self.candidates}, but the policy's vocabulary has {vocabulary} tokens; lower it"
-            )
-        check_context(self.reward.model, request, "reward model")
+        check_candidates(request.model, self.candidates)
+        check_room("reward model", context_length(self.reward.model), len(request.prompt_ids), request.max_new_tokens)
         if self.as_released:
             assert self.tokenizer is not None
             rules = released_rules(self.tokenizer, request.eos_ids)

@@ -1,5 +1,6 @@
 """The fast path: a scalar head on a causal backbone that reads the policy's token ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,13 +10,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
+from ggro_hf.models import TOLERANCE, check_room, context_length
 from ggro_hf.results import Counters
+from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
+from ggro_hf.rewards.packing import one_by_one, packing_for
+from ggro_hf.rewards.tree import CausalTree
 from ggro_hf.transfer import to_device
 from ggro_hf.vocabulary import check_shared_vocabulary
 
 # Tokens of the self-check at load, split into a cached prefix and a segment.
 _CHECK_PREFIX, _CHECK_SEGMENT = 5, 4
-_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class SegmentScore:
     gradient: torch.Tensor | None
 
 
-class RewardModel:
+class RewardModel(Reward):
     """A sequence classifier with one label on a causal backbone.
 
     Only the backbone and the head are called, the head at indices we know: pooling never depends on padding. The
@@ -83,6 +87,20 @@ class RewardModel:
         return cls(model.to(device) if device is not None else model, tokenizer)
 
     @property
+    def capabilities(self) -> Capabilities:
+        tree = packing_for(self.model.base_model) is not one_by_one
+        return Capabilities(
+            reads_ids=True, cached_prefix=True, tree=tree, gradient=True, max_tokens=context_length(self.model)
+        )
+
+    def open(self, conversation: Conversation, counters: Counters, max_new_tokens: int) -> Scoring:
+        prompt_ids = conversation.prompt_ids
+        check_room("reward model", self.capabilities.max_tokens, len(prompt_ids), max_new_tokens)
+        tree = CausalTree(self.model.base_model, counters, capacity=len(prompt_ids) + max_new_tokens)
+        tree.extend(list(prompt_ids))
+        return _HeadScoring(tree, self.model.score)
+
+    @property
     def device(self) -> torch.device:
         """Device of the model."""
         return self.model.device
@@ -119,12 +137,30 @@ class RewardModel:
         cached = prefix.score(ids[_CHECK_PREFIX:], gradient_tokens=1).reward
         with torch.inference_mode(False), torch.no_grad():
             plain = float(self.model(input_ids=torch.tensor([ids], device=self.device)).logits[0, 0])
-        tolerance = _CHECK_TOLERANCE[self.model.dtype] * max(1.0, abs(plain))
+        tolerance = TOLERANCE[self.model.dtype] * max(1.0, abs(plain))
         if not abs(cached - plain) <= tolerance:
             raise ValueError(
                 f"reward model {type(self.model).__name__} answers {plain:.6g} in one pass and {cached:.6g} with a "
                 f"cached prefix (tolerance {tolerance:.1g}): its backbone is not causal or its weights are not finite"
             )
+
+
+class _HeadScoring(Scoring):
+    """The policy's own ids, the turn left open: every continuation is a branch, read at its last token."""
+
+    def __init__(self, tree: CausalTree, head: torch.nn.Module) -> None:
+        self._tree = tree
+        self._head = head
+
+    def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
+        hidden = self._tree.branch(continuations)
+        last = [branch[-1] for branches in hidden for branch in branches]
+        with torch.inference_mode():
+            rewards = iter(self._head(torch.stack(last))[:, 0].float().tolist() if last else [])
+        return [[next(rewards) for _ in branches] for branches in hidden]
+
+    def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
+        self._tree.keep(chosen)
 
 
 class RewardPrefix:

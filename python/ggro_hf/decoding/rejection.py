@@ -1,0 +1,111 @@
+"""Draw continuations until the reward of one is accepted."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ggro_hf.decoding.base import Request
+from ggro_hf.decoding.drafts import Draft, DraftRules, draw_drafts
+from ggro_hf.decoding.drawing import ACCEPTING, Distribution, Warped, uniforms
+from ggro_hf.decoding.guided import best_index, check_positive
+from ggro_hf.policy import Policy
+from ggro_hf.results import Candidate, Counters, Segment
+from ggro_hf.rewards import Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """When a candidate is good enough: with probability `min(1, exp((reward - threshold) / temperature))`, or where
+    the reward reaches the threshold if `hard`; after `attempts` rejections the best is, one more draw included.
+
+    Raises ValueError for settings out of range.
+    """
+
+    temperature: float
+    attempts: int
+    hard: bool
+    parallel: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_positive(parallel=self.parallel)
+        if self.attempts < 0:
+            raise ValueError(f"attempts is {self.attempts}, but must be at least 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, but must be a positive number")
+
+    def accepts(self, reward: float, threshold: float, number: float) -> bool:
+        """`number` is drawn from [0, 1)."""
+        if self.hard or reward >= threshold:
+            return reward >= threshold
+        return number < math.exp((reward - threshold) / self.temperature)
+
+
+@dataclass(slots=True)
+class RejectionSearch:
+    """Searches one segment after another on a policy and a scoring that hold the same sequence."""
+
+    request: Request
+    acceptance: Acceptance
+    reader: Warped
+    policy: Policy[Distribution]
+    scoring: Scoring
+    counters: Counters
+
+    def next(
+        self, number: int, start: int, rules: DraftRules, threshold: Callable[[int], float]
+    ) -> tuple[Draft, Segment]:
+        """The accepted draft of segment `number`, which follows `start` tokens of the response.
+
+        `threshold` maps the tokens of the response, the candidate's included, to the reward wanted. The scoring goes on
+        from the draft, the policy stays where it is. Raises FloatingPointError where the rewards of all candidates are
+        NaN.
+        """
+        candidates: list[Candidate] = []
+        best: Draft | None = None
+        best_number = 0
+        attempts = self.acceptance.attempts
+        for first in range(0, attempts + 1, self.acceptance.parallel):
+            drafts, rewards = self._draw(number, first, rules)
+            for place, (draft, reward) in enumerate(zip(drafts, rewards, strict=True)):
+                wanted = threshold(start + len(draft.token_ids))
+                candidates.append(self._candidate(draft, reward, wanted))
+                if reward == reward and (best is None or reward > candidates[best_number].reward):
+                    best, best_number = draft, first + place
+                if first + place < attempts and self._accepts(number, first + place, reward, wanted):
+                    with self.counters.phase("reward"):
+                        self.scoring.keep([(0, place)])
+                    return draft, self._segment(start, candidates, first + place)
+        best_index([candidate.reward for candidate in candidates])
+        assert best is not None
+        with self.counters.phase("reward"):
+            self.scoring.score([[best.token_ids]])
+            self.scoring.keep([(0, 0)])
+        return best, self._segment(start, candidates, best_number)
+
+    def _draw(self, number: int, first: int, rules: DraftRules) -> tuple[list[Draft], list[float]]:
+        seed, row = self.acceptance.seed, self.request.row
+        attempts = range(first, min(first + self.acceptance.parallel, self.acceptance.attempts + 1))
+        numbers = [uniforms(seed, row, number, attempt) for attempt in attempts]
+        with self.counters.phase("decode"):
+            drafts = draw_drafts(self.policy, self.reader, numbers, rules, keep=True)
+        with self.counters.phase("reward"):
+            (rewards,) = self.scoring.score([[draft.token_ids for draft in drafts]])
+        return drafts, rewards
+
+    def _accepts(self, number: int, attempt: int, reward: float, wanted: float) -> bool:
+        generator = uniforms(self.acceptance.seed, self.request.row, number, attempt, purpose=ACCEPTING)
+        return self.acceptance.accepts(reward, wanted, generator.random())
+
+    def _candidate(self, draft: Draft, reward: float, wanted: float) -> Candidate:
+        return Candidate(
+            tuple(draft.token_ids),
+            tuple(draft.entropies),
+            reward,
+            draft.token_ids[-1] in self.request.eos_ids,
+            boundary_entropy=None if draft.boundary is None else float(draft.boundary.entropy),
+            threshold=wanted,
+        )
+
+    def _segment(self, start: int, candidates: list[Candidate], chosen: int) -> Segment:
+        return Segment(len(self.request.prompt_ids) + start, 0, tuple(candidates), chosen)

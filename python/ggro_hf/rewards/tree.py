@@ -1,0 +1,172 @@
+"""Sequences with a common beginning in one model's KV cache, and branches that continue them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedModel
+
+from ggro_hf.cache import KeysAndValues, RewindableCache, common_prefix_length
+from ggro_hf.results import Counters
+from ggro_hf.rewards.packing import packing_for, run
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A sequence beyond the common beginning: its tokens, keys and values; and the hidden state `[d]` at its end."""
+
+    token_ids: list[int]
+    layers: KeysAndValues
+    last_hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Branches:
+    """What became of one sequence's branches: each different one once, packed one after another."""
+
+    token_ids: list[list[int]]
+    ends: list[int]
+    hidden: torch.Tensor
+    # None where they still lie in the cache.
+    layers: KeysAndValues | None
+
+
+class CausalTree:
+    """The sequences that a model reads for one response; at first one, empty.
+
+    What is in the cache is a constant: nothing here has gradients. Work is added to `counters` as reward tokens.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, counters: Counters, capacity: int = 0) -> None:
+        self._backbone = backbone
+        self._counters = counters
+        self._cache = RewindableCache(backbone.config, capacity)
+        self._pack = packing_for(backbone)
+        self._shared: list[int] = []
+        self._tails = [_Sequence([], (), torch.empty(0))]
+        self._branches: list[_Branches] = []
+        self._numbers: list[list[int]] = []
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Token ids of every sequence."""
+        return [self._shared + tail.token_ids for tail in self._tails]
+
+    @property
+    def last_hidden(self) -> torch.Tensor:
+        """Hidden state `[d]` at the end of the only sequence."""
+        (tail,) = self._tails
+        return tail.last_hidden
+
+    @torch.inference_mode()
+    def extend(self, token_ids: list[int]) -> torch.Tensor:
+        """Append tokens to the only sequence and return their hidden states `[T, d]`."""
+        self._join(0)
+        hidden = run(self._backbone, self._cache, token_ids)
+        self._counters.reward_forward_tokens += len(token_ids)
+        self._shared = self._shared + token_ids
+        self._tails = [_Sequence([], (), hidden[-1])]
+        return hidden
+
+    def move_to(self, token_ids: list[int]) -> torch.Tensor:
+        """Make `token_ids` the only sequence, computing what follows the longest common prefix with one of those there.
+
+        Returns the hidden states of what was computed, at least of the last token.
+        """
+        lengths = [common_prefix_length(sequence, token_ids) for sequence in self.sequences]
+        kept = min(max(lengths), len(token_ids) - 1)
+        self._join(lengths.index(max(lengths)))
+        self._cache.rewind(kept)
+        del self._shared[kept:]
+        return self.extend(token_ids[kept:])
+
+    @torch.inference_mode()
+    def branch(self, branches: Sequence[Sequence[list[int]]]) -> list[list[torch.Tensor]]:
+        """Hidden states `[tokens, d]` of branches, a list for every sequence; equal ones are computed once.
+
+        An empty branch has the hidden state `[1, d]` at the end of its sequence. Raises ValueError unless there is a
+        list for every sequence.
+        """
+        if len(branches) != len(self._tails):
+            raise ValueError(f"branches has lists for {len(branches)} sequences, but there are {len(self._tails)}")
+        self._branches, self._numbers, hidden = [], [], []
+        for tail, own in zip(self._tails, branches, strict=True):
+            different = {branch: number for number, branch in enumerate(dict.fromkeys(map(tuple, own)))}
+            self._numbers.append([different[tuple(branch)] for branch in own])
+            packed = self._pack_behind(tail, [list(branch) for branch in different])
+            self._branches.append(packed)
+            parts = packed.hidden.tensor_split(packed.ends[:-1])
+            hidden.append(
+                [parts[number] if own[i] else tail.last_hidden[None] for i, number in enumerate(self._numbers[-1])]
+            )
+        return hidden
+
+    @torch.inference_mode()
+    def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
+        """Go on from branches of the last `branch`, each named by its sequence and its number there.
+
+        Raises ValueError where nothing is chosen.
+        """
+        if not chosen:
+            raise ValueError("chosen must name one branch or more to go on from, got none")
+        places = [(sequence, self._numbers[sequence][branch]) for sequence, branch in chosen]
+        if len(places) == 1 and len(self._tails) == 1:
+            self._commit(*places[0])
+        else:
+            self._tails = [self._extended(*place) for place in places]
+            self._cache.rewind(len(self._shared))
+            if len(places) == 1:
+                self._join(0)
+        self._branches, self._numbers = [], []
+
+    def _pack_behind(self, tail: _Sequence, branches: list[list[int]]) -> _Branches:
+        self._cache.rewind(len(self._shared))
+        if tail.token_ids:
+            self._cache.write(tail.layers)
+        length = len(self._shared) + len(tail.token_ids)
+        full = [branch for branch in branches if branch]
+        ends = list(accumulate(map(len, branches)))
+        tokens = ends[-1] if ends else 0
+        hidden = self._pack(self._backbone, self._cache, full, length) if full else tail.last_hidden.new_empty(0)
+        self._counters.reward_forward_tokens += tokens
+        # The next sequence takes their place.
+        layers = self._cache.read(length, length + tokens) if len(self._tails) > 1 and full else None
+        return _Branches(branches, ends, hidden, layers)
+
+    def _commit(self, sequence: int, number: int) -> None:
+        """The only sequence with one of its branches."""
+        packed = self._branches[sequence]
+        token_ids, end = packed.token_ids[number], packed.ends[number]
+        length = len(self._shared)
+        self._cache.keep_branch(length, length + end - len(token_ids), length + end)
+        if token_ids:
+            self._shared = self._shared + token_ids
+            self._tails = [_Sequence([], (), packed.hidden[end - 1])]
+
+    def _extended(self, sequence: int, number: int) -> _Sequence:
+        tail, packed = self._tails[sequence], self._branches[sequence]
+        token_ids, end = packed.token_ids[number], packed.ends[number]
+        if not token_ids:
+            return tail
+        start = end - len(token_ids)
+        if packed.layers is None:
+            length = len(self._shared)
+            layers = self._cache.read(length + start, length + end)
+        else:
+            layers = tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in packed.layers)
+        if tail.token_ids:
+            layers = tuple(
+                (torch.cat([before[0], new[0]], dim=2), torch.cat([before[1], new[1]], dim=2))
+                for before, new in zip(tail.layers, layers, strict=True)
+            )
+        return _Sequence(tail.token_ids + token_ids, layers, packed.hidden[end - 1])
+
+    def _join(self, sequence: int) -> None:
+        """Make one sequence the only one, and all of it the common beginning."""
+        tail = self._tails[sequence]
+        self._cache.rewind(len(self._shared))
+        if tail.token_ids:
+            self._cache.write(tail.layers)
+            self._shared = self._shared + tail.token_ids
+        self._tails = [_Sequence([], (), tail.last_hidden)]
