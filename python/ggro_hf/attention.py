@@ -173,21 +173,22 @@ def _one_token_behind_shared_prefix(
     """Attention `[R, 1, Hq, D]` of one token a row to the prefix, read once for all rows, and to the row's own keys."""
     rows, heads, _, width = query.shape
     key_heads = key.shape[1]
+    group = heads // key_heads
     beyond = 0 if window is None else max(0, prefix.length + key.shape[2] - window)
     shared = slice(min(beyond, prefix.length), prefix.length)
     own = slice(max(0, beyond - prefix.length), None)
     shared_key, shared_value = prefix.keys[0, :, shared], prefix.values[0, :, shared]
-    grouped = query.view(rows, key_heads, heads // key_heads, width)
-    by_head = grouped.transpose(0, 1).reshape(key_heads, -1, width)
-    to_shared = (by_head @ shared_key.mT).view(key_heads, rows, -1, shared_key.shape[1]).transpose(0, 1)
+    grouped = query.view(rows, key_heads, group, width)
+    by_head = grouped.transpose(0, 1).reshape(key_heads, rows * group, width)
+    to_shared = (by_head @ shared_key.mT).view(key_heads, rows, group, shared_key.shape[1]).transpose(0, 1)
     scores = torch.cat([to_shared, grouped @ key[:, :, own].mT], dim=-1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # As eager attention does it; never in less than fp32.
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     on_shared, on_own = weights.split([shared_key.shape[1], scores.shape[-1] - shared_key.shape[1]], dim=-1)
-    from_shared = on_shared.transpose(0, 1).reshape(key_heads, -1, shared_key.shape[1]) @ shared_value
-    output = from_shared.view(key_heads, rows, -1, value.shape[-1]).transpose(0, 1) + on_own @ value[:, :, own]
+    from_shared = on_shared.transpose(0, 1).reshape(key_heads, rows * group, shared_key.shape[1]) @ shared_value
+    output = from_shared.view(key_heads, rows, group, value.shape[-1]).transpose(0, 1) + on_own @ value[:, :, own]
     return output.reshape(rows, 1, heads, value.shape[-1])
 
 

@@ -8,6 +8,8 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _GROWTH = 256
+# Tokens that a row of a fork has room for at first.
+_FORK_ROOM = 32
 
 KeysAndValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """Of consecutive tokens, `[batch, heads, tokens, head_dim]`, one pair a layer."""
@@ -215,9 +217,9 @@ class RewindableCache(Cache):
         for layer in self._rewindable:
             layer.grow(0)
 
-    def fork(self, rows: int, capacity: int) -> "ForkedCache":
+    def fork(self, rows: int) -> "ForkedCache":
         """A cache of that many rows which all continue this one; it must stay as it is meanwhile."""
-        return ForkedCache(self._rewindable, rows, capacity)
+        return ForkedCache(self._rewindable, rows)
 
     def static(self, rows: torch.Tensor, *, masked: bool) -> Cache:
         """The same buffers for a forward of one token: see `StaticLayer`. Outdated once they have grown."""
@@ -252,7 +254,7 @@ class ForkedLayer(DynamicLayer):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, prefix: RewindableLayer, rows: int, capacity: int) -> None:
+    def __init__(self, prefix: RewindableLayer, rows: int) -> None:
         super().__init__()
         self.prefix = prefix
         self.joined = False
@@ -260,7 +262,7 @@ class ForkedLayer(DynamicLayer):
         self.dtype, self.device = prefix.dtype, prefix.device
         self.is_initialized = True
         self.length = 0
-        shapes = [(rows, buffer.shape[1], capacity, buffer.shape[3]) for buffer in (prefix.keys, prefix.values)]
+        shapes = [(rows, buffer.shape[1], _FORK_ROOM, buffer.shape[3]) for buffer in (prefix.keys, prefix.values)]
         self.keys, self.values = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
 
     def update(
@@ -268,7 +270,8 @@ class ForkedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key_states.shape[-2]
         if end > self.keys.shape[-2]:
-            raise IndexError(f"a fork with room for {self.keys.shape[-2]} tokens a row was given {end}")
+            every = torch.arange(len(self.keys), device=self.device)
+            self.keys, self.values = (self._selected(buffer, every, 2 * end) for buffer in (self.keys, self.values))
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         first = self._first_visible()
@@ -286,10 +289,11 @@ class ForkedLayer(DynamicLayer):
 
     def select(self, rows: torch.Tensor) -> None:
         """Make `rows` the rows; a row may be repeated."""
-        self.keys, self.values = (self._selected(buffer, rows) for buffer in (self.keys, self.values))
+        room = self.keys.shape[-2]
+        self.keys, self.values = (self._selected(buffer, rows, room) for buffer in (self.keys, self.values))
 
-    def _selected(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        selected = buffer.new_empty((len(rows), *buffer.shape[1:]))
+    def _selected(self, buffer: torch.Tensor, rows: torch.Tensor, room: int) -> torch.Tensor:
+        selected = buffer.new_empty((len(rows), buffer.shape[1], room, buffer.shape[3]))
         selected[:, :, : self.length] = buffer[rows, :, : self.length]
         return selected
 
@@ -306,8 +310,8 @@ class ForkedLayer(DynamicLayer):
 class ForkedCache(Cache):
     """Rows of equal length that continue one prefix."""
 
-    def __init__(self, prefix: list[RewindableLayer], rows: int, capacity: int) -> None:
-        self._forked = [ForkedLayer(layer, rows, capacity) for layer in prefix]
+    def __init__(self, prefix: list[RewindableLayer], rows: int) -> None:
+        self._forked = [ForkedLayer(layer, rows) for layer in prefix]
         super().__init__(layers=list(self._forked))
 
     @property
@@ -320,11 +324,10 @@ class ForkedCache(Cache):
         for layer in self._forked:
             layer.joined = True
 
-    def select(self, rows: list[int]) -> None:
+    def select(self, rows: torch.Tensor) -> None:
         """Make `rows` the rows; a row may be repeated."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self._forked[0].device)
         for layer in self._forked:
-            layer.select(index)
+            layer.select(rows)
 
     def read(self, row: int) -> KeysAndValues:
         """Copy what a row has added to the prefix."""

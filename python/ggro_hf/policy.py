@@ -82,10 +82,11 @@ class Policy(Generic[T]):
         self.rewind(kept)
         return self.extend(token_ids[kept:])
 
-    def fork(self, rows: int, capacity: int) -> PolicyRows:
-        """Rows that continue the sequence, with room for `capacity` tokens each; it must stay as it is meanwhile."""
+    @torch.inference_mode()
+    def fork(self, rows: int) -> PolicyRows:
+        """Rows that continue the sequence, which must stay as it is meanwhile."""
         self._stop()
-        return PolicyRows(self._model, self._cache, len(self.token_ids), self._counters, rows, capacity)
+        return PolicyRows(self._model, self._cache, len(self.token_ids), self._counters, rows)
 
     def _stop(self) -> None:
         if self._slot.step is not None:

@@ -27,14 +27,13 @@ class PolicyRows:
         prefix_length: int,
         counters: Counters,
         rows: int,
-        capacity: int,
     ) -> None:
         self._model = model
         self._counters = counters
         self._length = prefix_length
         self._shares = _shares_prefix(model)
-        self._cache = cache.fork(rows, capacity)
-        self.rows = rows
+        self._cache = cache.fork(rows)
+        self._rows = rows
 
     @torch.inference_mode()
     def extend(self, token_ids: list[int]) -> torch.Tensor:
@@ -47,9 +46,9 @@ class PolicyRows:
     @torch.inference_mode()
     def select(self, rows: list[int]) -> None:
         """Make `rows` the rows: repeated ones fork, missing ones are dropped."""
-        if rows != list(range(self.rows)):
-            self._cache.select(rows)
-            self.rows = len(rows)
+        if rows != list(range(self._rows)):
+            self._cache.select(to_device([rows], device_of(self._model))[0])
+            self._rows = len(rows)
 
     @torch.inference_mode()
     def read(self, row: int) -> KeysAndValues:
@@ -96,7 +95,7 @@ def _try_sharing(model: PreTrainedModel) -> bool:
         for shares in (False, True):
             cache = RewindableCache(model.config)
             forward(model, cache, prefix)
-            fork = cache.fork(2, 2)
+            fork = cache.fork(2)
             for step in range(2):
                 results.append(_forward(model, fork, [step, (step + 9) % rows], len(prefix) + step, shares=shares))
         first, second = torch.cat(results[:2]).double(), torch.cat(results[2:]).double()

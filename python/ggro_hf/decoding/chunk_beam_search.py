@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers.generation.streamers import BaseStreamer
@@ -19,24 +18,27 @@ from ggro_hf.rewards import Reward
 
 @dataclass(frozen=True, slots=True)
 class _Beam:
-    """A hypothesis; `segments` are the chunks it is made of, each among its siblings."""
+    """A hypothesis; `segments` are the chunks it is made of, each among its siblings.
+
+    While it has not ended, `place` names its last chunk in the last scoring, and `row` is its row in the policy.
+    """
 
     token_ids: list[int]
     reward: float
     segments: tuple[Segment, ...]
     ended: bool
-    # The chunk of the last scoring that it ends with, and its row in the policy; None where it has ended.
-    place: tuple[int, int] | None = None
-    row: int | None = None
+    place: tuple[int, int]
+    row: int
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """What one successor of a beam draws; `row` is its row in the policy, None where that was dropped."""
+    """What one successor of a beam draws; `row` is its row in the policy until it ends."""
 
-    token_ids: list[int]
-    entropies: list[float]
-    row: int | None = None
+    beam: int
+    row: int
+    token_ids: list[int] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
 
 class ChunkBeamSearch(GuidedDecoder):
@@ -89,9 +91,9 @@ class ChunkBeamSearch(GuidedDecoder):
     def _decode(self, request: Request, counters: Counters) -> Generation:
         scoring = self._open_scoring(request, counters)
         policy = open_policy(request, counters, self.reader)
-        rows = policy.fork(1, request.max_new_tokens)
+        rows = policy.fork(1)
         position = policy.position
-        beams = [_Beam([], math.nan, (), False)]
+        beams = [_Beam([], math.nan, (), False, (0, 0), 0)]
         for number in itertools.count():
             live = [beam for beam in beams if not beam.ended]
             with counters.phase("decode"):
@@ -103,9 +105,9 @@ class ChunkBeamSearch(GuidedDecoder):
             if not live:
                 break
             with counters.phase("reward"):
-                scoring.keep([beam.place for beam in live if beam.place is not None])
+                scoring.keep([beam.place for beam in live])
             with counters.phase("decode"):
-                rows.select([beam.row for beam in live if beam.row is not None])
+                rows.select([beam.row for beam in live])
                 position = self.reader.read(rows.extend([beam.token_ids[-1] for beam in live]))
         best = beams[0]
         trace = Trace()
@@ -121,32 +123,25 @@ class ChunkBeamSearch(GuidedDecoder):
         """The chunks of every beam, drawn side by side from the positions of the beams, which are the policy's rows."""
         successors = self.successors if number else self.width * self.successors
         generators = [uniforms(self.seed, request.row, number, beam) for beam in range(len(live))]
-        chunks = [_Chunk([], [], beam) for beam in range(len(live)) for _ in range(successors)]
-        beam_of = [chunk.row for chunk in chunks]
-        longest = min(self.chunk_length, request.max_new_tokens - len(live[0].token_ids))
+        chunks = [_Chunk(beam, beam) for beam in range(len(live)) for _ in range(successors)]
+        position = position.rows([chunk.row for chunk in chunks])
         active = list(range(len(chunks)))
-        for drawn in range(1, longest + 1):
-            position = position.rows([cast(int, chunks[index].row) for index in active]) if drawn == 1 else position
+        for room in reversed(range(min(self.chunk_length, request.max_new_tokens - len(live[0].token_ids)))):
             numbers = np.concatenate([generator.random(successors) for generator in generators])
             tokens, entropies = position.draw(numbers[active])
             for index, token, entropy in zip(active, tokens, entropies, strict=True):
                 chunks[index].token_ids.append(token)
                 chunks[index].entropies.append(entropy)
-            if drawn == longest:
+            if not room:
                 break
-            ended = [index for index in active if chunks[index].token_ids[-1] in request.eos_ids]
-            active = [index for index in active if index not in ended]
-            rows.select([cast(int, chunks[index].row) for index in active])
-            for index in ended:
-                chunks[index].row = None
-            for row, index in enumerate(active):
-                chunks[index].row = row
+            active = [index for index in active if chunks[index].token_ids[-1] not in request.eos_ids]
             if not active:
                 break
+            rows.select([chunks[index].row for index in active])
+            for row, index in enumerate(active):
+                chunks[index].row = row
             position = self.reader.read(rows.extend([chunks[index].token_ids[-1] for index in active]))
-        return [
-            [chunk for chunk, owner in zip(chunks, beam_of, strict=True) if owner == beam] for beam in range(len(live))
-        ]
+        return [[chunk for chunk in chunks if chunk.beam == beam] for beam in range(len(live))]
 
     def _select(
         self, request: Request, beams: list[_Beam], chunks: list[list[_Chunk]], rewards: list[list[float]]

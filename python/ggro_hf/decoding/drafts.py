@@ -46,29 +46,29 @@ def draw_drafts(
     With `keep` they can be given to `continue_from`. The policy stays where it is.
     """
     drafts = [Draft([], []) for _ in numbers]
-    live = list(range(len(drafts)))
-    rows = policy.fork(len(drafts), rules.max_tokens)
+    rows = policy.fork(len(drafts))
     position = policy.position.rows([0] * len(drafts))
-    while live:
-        tokens, entropies = position.draw(np.concatenate([numbers[index].random(1) for index in live]))
+    live = list(range(len(drafts)))
+    for step in range(rules.max_tokens):
+        tokens, entropies = position.draw(np.array([numbers[index].random() for index in live]))
         going = []
         for row, (index, token, entropy) in enumerate(zip(live, tokens, entropies, strict=True)):
             draft = drafts[index]
-            uncertain = len(draft.token_ids) >= _TOKENS_BEFORE_STOP and entropy >= rules.entropy_threshold
+            uncertain = step >= _TOKENS_BEFORE_STOP and entropy >= rules.entropy_threshold
             if uncertain:
                 draft.boundary = position.rows([row])
             else:
                 draft.token_ids.append(token)
                 draft.entropies.append(entropy)
-            if not uncertain and token not in rules.eos_ids and len(draft.token_ids) < rules.max_tokens:
+            if not uncertain and token not in rules.eos_ids and step + 1 < rules.max_tokens:
                 going.append(row)
             elif keep:
-                computed = len(draft.token_ids) - (not uncertain)
-                draft.branch = Branch(draft.token_ids[:computed], rows.read(row))
+                draft.branch = Branch(draft.token_ids[:step], rows.read(row))
+        if not going:
+            break
         rows.select(going)
         live = [live[row] for row in going]
-        if live:
-            position = reader.read(rows.extend([drafts[index].token_ids[-1] for index in live]))
+        position = reader.read(rows.extend([drafts[index].token_ids[-1] for index in live]))
     return drafts
 
 

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ggro_hf.decoding.guided import best_index
 from ggro_hf.reading import LARGEST_KERNEL_K, Reader, checked_entropy
-from ggro_hf.transfer import to_host
+from ggro_hf.transfer import to_device, to_host
 from ggro_kernels import entropy_topk
 
 # A number of the generator's counter that no other purpose uses: see `uniforms`.
@@ -37,7 +37,7 @@ class Distribution:
 
     def rows(self, rows: list[int]) -> "Distribution":
         """Some of the rows; a row may be repeated."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.probabilities.device)
+        index = to_device([rows], self.entropy.device)[0]
         tokens = None if self.tokens is None else self.tokens[index]
         return Distribution(self.entropy[index], tokens, self.probabilities[index])
 
@@ -48,7 +48,7 @@ class Distribution:
         """
         cumulative = self.probabilities.double().cumsum(-1)
         total = cumulative[:, -1:]
-        at = torch.from_numpy(numbers)[:, None].to(total.device) * total
+        at = torch.from_numpy(numbers)[:, None].to(total.device, non_blocking=True) * total
         # Rounding must not reach the total, behind which there is no token.
         at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
         place = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[1] - 1)

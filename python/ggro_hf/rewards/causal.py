@@ -126,12 +126,13 @@ class RewardModel(Reward):
         return RewardPrefix(self, Counters()).extend(list(token_ids))
 
     def _check_parity(self) -> None:
-        """Compare a cached prefix and segment with the model's own forward, once, at load."""
+        """Compare branches, and a cached prefix and segment, with the model's own forward, once, at load."""
         if self.device.type == "meta":
             return
         rows = self.embedding_table.shape[0]
         ids = [(7 * i + 1) % rows for i in range(_CHECK_PREFIX + _CHECK_SEGMENT)]
         ids = [i if i != self.model.config.pad_token_id else (i + 1) % rows for i in ids]
+        packing_for(self.model.base_model)
         prefix = RewardPrefix(self, Counters())
         prefix.extend(ids[:_CHECK_PREFIX])
         cached = prefix.score(ids[_CHECK_PREFIX:], gradient_tokens=1).reward
@@ -156,7 +157,7 @@ class _HeadScoring(Scoring):
         hidden = self._tree.branch(continuations)
         last = [branch[-1] for branches in hidden for branch in branches]
         with torch.inference_mode():
-            rewards = iter(self._head(torch.stack(last))[:, 0].float().tolist() if last else [])
+            rewards = iter(self._head(torch.stack(last))[:, 0].tolist() if last else [])
         return [[next(rewards) for _ in branches] for branches in hidden]
 
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
