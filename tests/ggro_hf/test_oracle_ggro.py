@@ -1,27 +1,17 @@
 """Every recorded trace of the released GGRO code is reproduced through the public interface, in fp32."""
 
-import gzip
-import json
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ggro_hf import GGRO, Generation, RewardModel
+from ggro_hf import GGRO, Generation
 from ggro_hf.prompts import released_prompt
 from tests.ggro_hf.agreement import Tolerance, assert_agreement
+from tests.ggro_hf.oracle import NEAR_TIE_MARGIN, SUITES, policy, prompts, reward_model, tokenizer, traces
 from tests.ggro_hf.released import Candidate, ReleasedGGRO, Result, Segment, Settings
 
-ORACLE = Path(__file__).parents[1] / "oracle"
-SUITES = {
-    "bpe_trained": ("bpe2048", "policy_trained", 383),
-    "bpe_rand": ("bpe2048", "policy_rand", 159),
-    "rt_rand": ("rt2048", "policy_rand", 159),
-}
+CASES = {"bpe_trained": 383, "bpe_rand": 159, "rt_rand": 159}
 CASES_PER_TEST = 40
-CHUNKS = [(suite, start) for suite, (_, _, cases) in SUITES.items() for start in range(0, cases, CASES_PER_TEST)]
+CHUNKS = [(suite, start) for suite, cases in CASES.items() for start in range(0, cases, CASES_PER_TEST)]
 
 END_OF_TURN = 2
 
@@ -31,31 +21,6 @@ TOLERANCE = Tolerance(reward=1e-4, entropy=2e-4, score=1e-3, ordered_proposals=F
 
 # Cases in which a margin is so small that another order of summation legitimately gives another token. There are none.
 NEAR_TIES: frozenset[str] = frozenset()
-NEAR_TIE_MARGIN = 1e-4
-
-
-@cache
-def traces(suite: str) -> list[dict]:
-    with gzip.open(ORACLE / f"ggro-{suite}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-@cache
-def tokenizer(suite: str):
-    return AutoTokenizer.from_pretrained(ORACLE / "tokenizers" / SUITES[suite][0])
-
-
-@cache
-def policy(suite: str):
-    # The traces come from eager attention.
-    return AutoModelForCausalLM.from_pretrained(
-        ORACLE / "models" / SUITES[suite][1], dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-@cache
-def reward_model() -> RewardModel:
-    return RewardModel.from_pretrained(ORACLE / "models" / "rm", dtype=torch.float32)
 
 
 def recorded(trace: dict) -> Result:
@@ -136,29 +101,30 @@ def assert_replayed(suite: str, trace: dict, generation: Generation) -> None:
 @pytest.mark.parametrize(("suite", "start"), CHUNKS, ids=[f"{suite}-{start}" for suite, start in CHUNKS])
 def test_released_traces_are_reproduced(suite, start):
     differing = {}
-    for trace in traces(suite)[start : start + CASES_PER_TEST]:
+    for trace in traces("ggro", suite)[start : start + CASES_PER_TEST]:
         try:
             assert_replayed(suite, trace, replay(suite, trace))
         except AssertionError as error:
             differing[trace["case"]] = str(error)
     for case in differing.keys() & NEAR_TIES:
-        assert smallest_margin(next(trace for trace in traces(suite) if trace["case"] == case)) < NEAR_TIE_MARGIN
+        assert (
+            smallest_margin(next(trace for trace in traces("ggro", suite) if trace["case"] == case)) < NEAR_TIE_MARGIN
+        )
     unexplained = {case: message for case, message in differing.items() if case not in NEAR_TIES}
     assert not unexplained, "\n".join(f"{case}: {message}" for case, message in unexplained.items())
 
 
 def test_every_recorded_case_is_replayed():
-    assert sum(len(traces(suite)) for suite in SUITES) == 701
-    assert {suite: len(traces(suite)) for suite in SUITES} == {suite: cases for suite, (_, _, cases) in SUITES.items()}
+    assert sum(len(traces("ggro", suite)) for suite in SUITES) == 701
+    assert {suite: len(traces("ggro", suite)) for suite in SUITES} == CASES
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_prompts_are_built_as_the_released_code_builds_them(suite):
-    prompts = json.loads((ORACLE / "prompts.json").read_text(encoding="utf-8"))
     seen = set()
-    for trace in traces(suite):
+    for trace in traces("ggro", suite):
         prefill = trace["config"]["prefill_attack"]
-        ids = released_prompt(tokenizer(suite), prompts[trace["prompt_index"]], prefill_attack=prefill)
+        ids = released_prompt(tokenizer(suite), prompts()[trace["prompt_index"]], prefill_attack=prefill)
         assert ids == trace["prompt_ids"]
         seen.add(prefill)
     assert seen == {False, True}
@@ -166,9 +132,8 @@ def test_prompts_are_built_as_the_released_code_builds_them(suite):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_transcription_reproduces_the_traces_too(suite):
-    reward = AutoModelForSequenceClassification.from_pretrained(ORACLE / "models" / "rm", dtype=torch.float32).eval()
-    reward.requires_grad_(False)
-    affordable = [t for t in traces(suite) if len(t["segments"]) <= 12 and t["config"]["nudge_top_k"] <= 25]
+    reward = reward_model().model
+    affordable = [t for t in traces("ggro", suite) if len(t["segments"]) <= 12 and t["config"]["nudge_top_k"] <= 25]
     for trace in affordable[:: len(affordable) // 4]:
         config = trace["config"]
         settings = Settings(
