@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ggro_hf import GGRO, BestOfN, Decoder, Greedy, RewardModel, Sample
+from ggro_hf import ARGS, CARDS, GGRO, BestOfN, ChunkBeamSearch, Decoder, Greedy, RejectionSampling, RewardModel, Sample
 from ggro_hf.decoding.base import Request
 from ggro_hf.reading import Reader
 from ggro_hf.results import Candidate, Generation
@@ -45,6 +45,12 @@ DECODERS: dict[str, Callable[[RewardModel], Decoder]] = {
     "greedy": lambda reward: Greedy(),
     "sample": lambda reward: Sample(seed=3, temperature=1.5, top_k=40, top_p=0.9),
     "best-of-n": lambda reward: BestOfN(reward, samples=3, seed=3),
+    "rejection-sampling": lambda reward: RejectionSampling(reward, reward_threshold=1.0, attempts=3, parallel=2),
+    "cards": lambda reward: CARDS(reward, reward_threshold=1.0, entropy_threshold=1.5, attempts=3, parallel=2),
+    "args": lambda reward: ARGS(reward, candidates=5),
+    "args, drawn": lambda reward: ARGS(reward, candidates=5, mode="sample"),
+    "cbs": lambda reward: ChunkBeamSearch(reward, width=3, successors=2, chunk_length=4),
+    "tbs": lambda reward: ChunkBeamSearch(reward, width=3, successors=2, chunk_length=1, top_k=None),
     "ggro": lambda reward: GGRO(reward, **_SEARCH),
     "ggro, runs of tokens": lambda reward: GGRO(reward, nudge_tokens=3, perplexity_ratio=2.0, **_SEARCH),
     # More than the kernel selects.

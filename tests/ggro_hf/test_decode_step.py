@@ -94,7 +94,9 @@ def test_every_method_gives_what_ordinary_passes_give(name):
         expected = DECODERS[name](reward).respond(request(policy, name))
     for _ in range(2):
         assert_same(DECODERS[name](reward).respond(request(policy, name)), expected, 1e-5)
-    assert_captured(policy)
+    # Rows decoded together have passes of their own.
+    if name in ("greedy", "sample") or name.startswith(("args", "ggro")):
+        assert_captured(policy)
 
 
 def test_a_model_is_captured_once_and_every_way_to_read_once(monkeypatch):

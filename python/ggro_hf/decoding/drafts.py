@@ -24,11 +24,15 @@ class DraftRules:
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """One drawn continuation; `boundary` is what its next token would be drawn from, where it ended before that."""
+    """One drawn continuation.
+
+    Where it ended before a token of high entropy, `boundary` is what that would be drawn from.
+    """
 
     token_ids: list[int]
     entropies: list[float]
     boundary: Distribution | None = None
+    boundary_entropy: float | None = None
     # The tokens that the policy has computed: without the last, unless there is a boundary.
     branch: Branch | None = None
 
@@ -56,7 +60,7 @@ def draw_drafts(
             draft = drafts[index]
             uncertain = step >= _TOKENS_BEFORE_STOP and entropy >= rules.entropy_threshold
             if uncertain:
-                draft.boundary = position.rows([row])
+                draft.boundary, draft.boundary_entropy = position.rows([row]), entropy
             else:
                 draft.token_ids.append(token)
                 draft.entropies.append(entropy)

@@ -103,7 +103,7 @@ class RejectionSearch:
             tuple(draft.entropies),
             reward,
             draft.token_ids[-1] in self.request.eos_ids,
-            boundary_entropy=None if draft.boundary is None else float(draft.boundary.entropy),
+            boundary_entropy=draft.boundary_entropy,
             threshold=wanted,
         )
 
