@@ -83,7 +83,7 @@ def test_pairs_are_what_the_tokenizer_makes_of_two_texts():
 
 @pytest.mark.parametrize("format", [Pair(), TextTemplate("{prompt} {response}")])
 def test_several_turns_are_no_single_text(format):
-    with pytest.raises(ValueError, match="messages user, assistant, user, but .* takes one text"):
+    with pytest.raises(ValueError, match=r"messages user, assistant, user, but .* takes one text"):
         format.encode(encoder_tokenizer(), MESSAGES, ["here"])
 
 

@@ -15,7 +15,23 @@ TRIMMING_TEMPLATE = (
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
-_MERGES = ("e r", "er e", "t h", "h e", "th e", "o u", "Ġ w", "a t", "! !", "!! !!", "Ġ Ġ", "n d", "a nd", "i s", "Ġ is")
+_MERGES = (
+    "e r",
+    "er e",
+    "t h",
+    "h e",
+    "th e",
+    "o u",
+    "Ġ w",
+    "a t",
+    "! !",
+    "!! !!",
+    "Ġ Ġ",
+    "n d",
+    "a nd",
+    "i s",
+    "Ġ is",
+)
 _ENCODER_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 
