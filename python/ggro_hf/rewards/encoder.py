@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.policy import context_length
+from ggro_hf.models import context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.formats import ChatTemplate, Format, Pair

@@ -58,7 +58,7 @@ def name_of(place: tuple[int, int], text: str) -> str:
 
 
 class PromptInputs:
-    """What a reward model is given for one prompt and its responses.
+    """What a reward model is given for one prompt and its responses; `prompt_tokens` is the length of an empty one.
 
     Raises ValueError where the prompt with an empty response does not fit `max_tokens`.
     """
@@ -74,20 +74,24 @@ class PromptInputs:
         self._tokenizer = tokenizer
         self._prompt = prompt_of(conversation) if format.reads_prompt else ""
         self._max_tokens = max_tokens
-        tokens = len(self._format.encode(tokenizer, self._prompt, [""])["input_ids"][0])
-        if max_tokens is not None and tokens > max_tokens:
+        self.prompt_tokens = len(self._format.encode(tokenizer, self._prompt, [""])["input_ids"][0])
+        if max_tokens is not None and self.prompt_tokens > max_tokens:
             raise ValueError(
-                f"prompt alone takes {tokens} tokens of the reward model, whose context has {max_tokens}; "
+                f"prompt alone takes {self.prompt_tokens} tokens of the reward model, whose context has {max_tokens}; "
                 "shorten the prompt or use a reward model with a longer context"
             )
 
     def encode(self, responses: list[str], places: list[tuple[int, int]]) -> BatchEncoding:
         """Inputs of different responses; `places` are sequence and continuation of each.
 
-        Raises ValueError for the first that does not fit the context.
+        Raises ValueError for the first that does not fit the context, or has no tokens.
         """
         encoded = self._format.encode(self._tokenizer, self._prompt, responses)
         for ids, response, place in zip(encoded["input_ids"], responses, places, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"the format gives the reward model no tokens at {name_of(place, response)}; use one with the prompt"
+                )
             if self._max_tokens is not None and len(ids) > self._max_tokens:
                 raise ValueError(
                     f"prompt and response take {len(ids)} tokens of the reward model, whose context has "
