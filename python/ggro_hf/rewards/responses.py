@@ -90,7 +90,8 @@ class PromptInputs:
         for ids, response, place in zip(encoded["input_ids"], responses, places, strict=True):
             if not ids:
                 raise ValueError(
-                    f"the format gives the reward model no tokens at {name_of(place, response)}; use one with the prompt"
+                    f"the format gives the reward model no tokens at {name_of(place, response)}; "
+                    "use one that writes the prompt"
                 )
             if self._max_tokens is not None and len(ids) > self._max_tokens:
                 raise ValueError(

@@ -118,7 +118,8 @@ class _TextScoring(Scoring):
         self._responses = responses
         self._known: dict[tuple[int, ...], float] = {}
         self._ids: list[list[tuple[int, ...]]] = []
-        self._branches: dict[tuple[int, ...], tuple[int, int]] = {}
+        # Where in the tree's last branches an input is; None after a choice.
+        self._branches: dict[tuple[int, ...], tuple[int, int]] | None = None
 
     def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         self._ids = self._tokenize(self._responses.extend(continuations))
@@ -127,23 +128,30 @@ class _TextScoring(Scoring):
         for row in self._ids:
             rows.append([ids for ids in dict.fromkeys(row) if ids not in self._known and ids not in new])
             new.update(rows[-1])
-        bases = self._go_to_bases(rows)
-        hidden = self._tree.branch(
-            # The empty branch is the sequence itself, for what is known of it.
-            [[list(ids[base:]) for ids in row] + [[]] for row, base in zip(rows, bases, strict=True)]
-        )
-        self._branches = {ids: (sequence, i) for sequence, row in enumerate(rows) for i, ids in enumerate(row)}
-        last = [hidden[sequence][i][-1] for sequence, i in self._branches.values()]
-        self._known.update(zip(self._branches, _read(self._head, last), strict=True))
+        if self._branches is None or new:
+            self._branches = self._compute(rows)
         return [[self._known[ids] for ids in row] for row in self._ids]
 
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
+        assert self._branches is not None
         self._responses.keep(chosen)
         kept = [self._ids[sequence][continuation] for sequence, continuation in chosen]
-        self._tree.keep(
-            [self._branches.get(ids, (sequence, -1)) for ids, (sequence, _) in zip(kept, chosen, strict=True)]
-        )
+        branches = self._branches
+        self._tree.keep([branches.get(ids, (sequence, -1)) for ids, (sequence, _) in zip(kept, chosen, strict=True)])
         self._known = {ids: self._known[ids] for ids in kept}
+        self._branches = None
+
+    def _compute(self, rows: list[list[tuple[int, ...]]]) -> dict[tuple[int, ...], tuple[int, int]]:
+        """Add the rewards of new inputs to those known; return the branch of each."""
+        bases = self._go_to_bases(rows)
+        hidden = self._tree.branch(
+            # The empty branch, the last, is the sequence itself, for inputs that are known.
+            [[*(list(ids[base:]) for ids in row), []] for row, base in zip(rows, bases, strict=True)]
+        )
+        branches = {ids: (sequence, i) for sequence, row in enumerate(rows) for i, ids in enumerate(row)}
+        last = [hidden[sequence][i][-1] for sequence, i in branches.values()]
+        self._known.update(zip(branches, _read(self._head, last), strict=True))
+        return branches
 
     def _tokenize(self, texts: list[list[str]]) -> list[list[tuple[int, ...]]]:
         places: dict[str, tuple[int, int]] = {}
