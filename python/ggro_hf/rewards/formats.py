@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from string import Formatter
 
+from jinja2 import TemplateError
 from transformers import BatchEncoding
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -61,7 +62,13 @@ class ChatTemplate(TextFormat):
         conversations = [[*before, {"role": "assistant", "content": response}] for response in responses]
         if not conversations:
             return []
-        return list(self._tokenizer.apply_chat_template(conversations, tokenize=False, date_string=TEMPLATE_DATE))
+        try:
+            return list(self._tokenizer.apply_chat_template(conversations, tokenize=False, date_string=TEMPLATE_DATE))
+        except TemplateError as error:
+            raise ValueError(
+                f"the reward model's chat template refuses the messages {_roles(conversations[0])}: {error}; "
+                "bring them into its order, or use Dialogue or TextTemplate"
+            ) from error
 
 
 class Dialogue(TextFormat):
@@ -129,6 +136,10 @@ def _only_text(prompt: Prompt, name: str) -> str:
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     raise ValueError(
-        f"prompt has the messages {', '.join(message['role'] for message in prompt)}, but {name} takes one text; "
+        f"prompt has the messages {_roles(prompt)}, but {name} takes one text; "
         "pass a string or one user's message, or use Dialogue or ChatTemplate"
     )
+
+
+def _roles(messages: list[Message]) -> str:
+    return ", ".join(message["role"] for message in messages)

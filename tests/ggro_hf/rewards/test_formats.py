@@ -49,6 +49,12 @@ def test_messages_keep_their_turns():
     assert Dialogue().render(MESSAGES, ["here"]) == ["Human: who\n\nAssistant:  me \n\nHuman: where\n\nAssistant: here"]
 
 
+def test_messages_that_a_template_refuses():
+    tokenizer = gemma_like_tokenizer("{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+    with pytest.raises(ValueError, match=r"refuses the messages system, user, assistant: no system role"):
+        ChatTemplate(tokenizer).render([{"role": "system", "content": "x"}, *MESSAGES[:1]], ["y"])
+
+
 def test_the_date_in_a_template_is_fixed():
     tokenizer = gemma_like_tokenizer("{{ date_string }}: {{ messages[-1].content }}")
     assert ChatTemplate(tokenizer).render("x", ["y"]) == ["26 Jul 2024: y"]
