@@ -101,7 +101,7 @@ class _EncoderScoring(ResponseScoring):
     def _forward(self, rows: list[dict[str, list[int]]]) -> list[float]:
         inputs = self._reward.tokenizer.pad(rows, return_tensors="pt").to(self._reward.model.device)
         self._counters.reward_forward_tokens += inputs["input_ids"].numel()
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._reward.model(**inputs).logits[:, 0].tolist()
 
 
