@@ -17,7 +17,22 @@ from ggro_hf.decoding import (
 )
 from ggro_hf.generation import generate, generate_iter
 from ggro_hf.results import Candidate, Counters, DecoderOutput, Generation, Segment, Trace
-from ggro_hf.rewards import Capabilities, Conversation, Reward, RewardModel, Scoring
+from ggro_hf.rewards import (
+    Capabilities,
+    ChatTemplate,
+    Conversation,
+    Dialogue,
+    EncoderReward,
+    Format,
+    FunctionReward,
+    Pair,
+    Reward,
+    RewardModel,
+    Scoring,
+    TextFormat,
+    TextReward,
+    TextTemplate,
+)
 
 __all__ = [
     "ARGS",
@@ -28,14 +43,20 @@ __all__ = [
     "BestOfN",
     "Candidate",
     "Capabilities",
+    "ChatTemplate",
     "ChunkBeamSearch",
     "Conversation",
     "Counters",
     "Decoder",
     "DecoderOutput",
+    "Dialogue",
+    "EncoderReward",
+    "Format",
+    "FunctionReward",
     "Generation",
     "Greedy",
     "NoProgressError",
+    "Pair",
     "Preset",
     "RejectionSampling",
     "Reward",
@@ -43,6 +64,9 @@ __all__ = [
     "Sample",
     "Scoring",
     "Segment",
+    "TextFormat",
+    "TextReward",
+    "TextTemplate",
     "Trace",
     "generate",
     "generate_iter",

@@ -14,7 +14,7 @@ END_OF_TURN = "<|eot_id|>"
 _ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>"
 
 # Llama-3.2's chat template inserts today's date unless told otherwise, which would make outputs depend on the day.
-_DATE = "26 Jul 2024"
+TEMPLATE_DATE = "26 Jul 2024"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -59,7 +59,7 @@ def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
 ) -> list[int]:
     encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=_DATE
+        messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=TEMPLATE_DATE
     )
     return list(encoded["input_ids"])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_decoding
-from ggro_hf import PREFIX_ATTENTION, Greedy, decode_step, pack_branches
+from ggro_hf import PREFIX_ATTENTION, EncoderReward, Greedy, TextReward, decode_step, pack_branches
 from ggro_hf.cache import RewindableCache
 from ggro_hf.policy import Policy
 from ggro_hf.policy_rows import _shares_prefix
@@ -26,7 +26,8 @@ from tests.ggro_hf.device_cases import (
 )
 from tests.ggro_hf.pretend_gpu import DEVICE, NAME, OnPretendGPU, pretend_gpu
 from tests.ggro_hf.replayed import Replayed, replaying
-from tests.ggro_hf.small_models import PAD
+from tests.ggro_hf.rewards.text_models import conversation, encoder_tokenizer, gemma_like_tokenizer, small_encoder
+from tests.ggro_hf.small_models import PAD, small_reward, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +231,36 @@ def test_a_decoder_that_reads_piece_by_piece_is_counted(monkeypatch):
         transfers.clear()
         Greedy().respond(request(policy))
         assert transfers.reads == 4 * NEW_TOKENS
+
+
+def _text_rewards_on(device):
+    causal, encoder = gemma_like_tokenizer(), encoder_tokenizer()
+    model = small_reward("gemma3", seed=1, vocabulary=len(causal), dtype=torch.float32)
+    return TextReward(model.to(device), causal), EncoderReward(small_encoder(encoder).to(device), encoder)
+
+
+def _text_scores(reward, after_pass=lambda: None):
+    tokens = [small_tokenizer()(text)["input_ids"] for text in ("the", "and", " zebra")]
+    scoring = reward.open(conversation(), Counters(), 20)
+    for sequences in (1, 2, 2):
+        yield scoring.score([tokens] * sequences)
+        after_pass()
+        scoring.keep([(0, 1), (0, 0)])
+
+
+def test_rewards_that_read_text_are_read_once_a_pass():
+    expected = [list(_text_scores(reward)) for reward in _text_rewards_on(CPU)]
+    with pretend_gpu() as transfers:
+        reads = []
+
+        def note():
+            reads.append(transfers.reads)
+            transfers.clear()
+
+        rewards = _text_rewards_on(DEVICE)
+        transfers.clear()
+        actual = [list(_text_scores(reward, note)) for reward in rewards]
+    assert reads == [1] * 6
+    for got, wanted in zip(actual, expected, strict=True):
+        for step, same in zip(got, wanted, strict=True):
+            assert [pytest.approx(row, abs=1e-5) for row in same] == step

@@ -82,6 +82,19 @@ class CausalTree:
         return self.extend(token_ids[kept:])
 
     @torch.inference_mode()
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Keep of every sequence that many tokens, its first; one that has lost some has no hidden state at its end."""
+        shared = min(len(self._shared), *lengths)
+        self._cache.rewind(len(self._shared))
+        common = self._cache.read(shared, len(self._shared)) if max(lengths) > shared < len(self._shared) else ()
+        self._tails = [
+            self._shortened(tail, common, shared, length) for tail, length in zip(self._tails, lengths, strict=True)
+        ]
+        self._cache.rewind(shared)
+        self._shared = self._shared[:shared]
+        self._branches, self._numbers = [], []
+
+    @torch.inference_mode()
     def branch(self, branches: Sequence[Sequence[list[int]]]) -> list[list[torch.Tensor]]:
         """Hidden states `[tokens, d]` of branches, a list for every sequence; equal ones are computed once.
 
@@ -134,6 +147,17 @@ class CausalTree:
         layers = self._cache.read(length, length + tokens) if len(self._tails) > 1 and full else None
         return _Branches(branches, ends, hidden, layers)
 
+    def _shortened(self, tail: _Sequence, common: KeysAndValues, shared: int, length: int) -> _Sequence:
+        """Of the first `length` tokens of a sequence those beyond the first `shared`; `common` is what leaves these."""
+        ids = (self._shared + tail.token_ids)[shared:length]
+        whole = length == len(self._shared) + len(tail.token_ids)
+        hidden = tail.last_hidden if whole else torch.full_like(tail.last_hidden, torch.nan)
+        if not ids:
+            return _Sequence([], (), hidden)
+        layers = _joined(common, tail.layers) if common and tail.token_ids else common or tail.layers
+        kept = tuple((keys[:, :, : len(ids)], values[:, :, : len(ids)]) for keys, values in layers)
+        return _Sequence(ids, kept, hidden)
+
     def _commit(self, sequence: int, number: int) -> None:
         """The only sequence with one of its branches."""
         packed = self._branches[sequence]
@@ -156,10 +180,7 @@ class CausalTree:
         else:
             layers = tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in packed.layers)
         if tail.token_ids:
-            layers = tuple(
-                (torch.cat([before[0], new[0]], dim=2), torch.cat([before[1], new[1]], dim=2))
-                for before, new in zip(tail.layers, layers, strict=True)
-            )
+            layers = _joined(tail.layers, layers)
         return _Sequence(tail.token_ids + token_ids, layers, packed.hidden[end - 1])
 
     def _join(self, sequence: int) -> None:
@@ -170,3 +191,10 @@ class CausalTree:
             self._cache.write(tail.layers)
             self._shared = self._shared + tail.token_ids
         self._tails = [_Sequence([], (), tail.last_hidden)]
+
+
+def _joined(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
+    return tuple(
+        (torch.cat([before[0], after[0]], dim=2), torch.cat([before[1], after[1]], dim=2))
+        for before, after in zip(first, second, strict=True)
+    )

@@ -1,0 +1,40 @@
+"""Reward models with one label, and their tokenizers, from a directory or the hub."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def load_classifier(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one label and its tokenizer (safetensors only); `dtype=None` keeps the checkpoint's.
+
+    Raises ValueError where the checkpoint has no head of its own or more than one label, or no usable tokenizer;
+    OSError where files are missing, SafetensorError where one is damaged.
+    """
+    where = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    config = AutoConfig.from_pretrained(name, **where)
+    if config.num_labels != 1:
+        raise ValueError(
+            f"reward model {str(name)!r} has {config.num_labels} labels, but a reward is one number; "
+            "use a checkpoint trained with num_labels=1"
+        )
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **where
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"reward model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
+            "use a checkpoint saved with its classification head"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    return model.to(device) if device is not None else model, tokenizer
