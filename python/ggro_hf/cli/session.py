@@ -1,39 +1,78 @@
 """The method options of the command line, and the models and decoder that they ask for."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 from ggro_hf import demo_models
 from ggro_hf.cli.errors import CommandError, one_line
 from ggro_hf.cli.models import DTYPES, LoadedPolicy, check_device, default_device, load_policy, load_reward
-from ggro_hf.decoding import GGRO, PRESETS, BestOfN, Decoder, Greedy, Sample
+from ggro_hf.decoding import (
+    ARGS,
+    CARDS,
+    GGRO,
+    PRESETS,
+    BestOfN,
+    ChunkBeamSearch,
+    Decoder,
+    Greedy,
+    RejectionSampling,
+    Sample,
+)
+from ggro_hf.decoding.base import check_candidates
+from ggro_hf.decoding.guided import GuidedDecoder
 from ggro_hf.generation import generate_iter
 from ggro_hf.jsonl import PromptLine
 from ggro_hf.results import Generation
-from ggro_hf.rewards import RewardModel
+from ggro_hf.rewards import Conversation, Reward
 
 EMBEDDED = "embedded"
 
 _DEFAULT_MAX_NEW_TOKENS = 128
 _DEFAULT_ENTROPY_THRESHOLD: float = signature(GGRO).parameters["entropy_threshold"].default
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
-# What each method reads, by the name of the decoder's argument. Any other option given is an error, never ignored.
-_OPTIONS = {
-    "ggro": (
-        "preset",
-        "entropy_threshold",
-        "refinements",
-        "candidates",
-        "check_every",
-        "nudge_tokens",
-        "perplexity_ratio",
-        "as_released",
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A decoder, what is fixed of it, and the options that it reads: any other given is an error, never ignored."""
+
+    decoder: type[Decoder]
+    options: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def guided(self) -> bool:
+        """Whether it needs a reward."""
+        return issubclass(self.decoder, GuidedDecoder)
+
+
+_DRAWS = ("temperature", "top_k", "top_p", "seed")
+_BEAMS = ("preset", "width", "successors", *_DRAWS, "as_released")
+_ACCEPTS = ("preset", "reward_threshold", "attempts", "parallel", "temperature", "top_k", "seed")
+METHODS = {
+    "ggro": _Method(
+        GGRO,
+        (
+            "preset",
+            "entropy_threshold",
+            "refinements",
+            "candidates",
+            "check_every",
+            "nudge_tokens",
+            "perplexity_ratio",
+            "as_released",
+        ),
     ),
-    "greedy": (),
-    "sample": _SAMPLING,
-    "best-of-n": ("samples", *_SAMPLING),
+    "greedy": _Method(Greedy),
+    "sample": _Method(Sample, _DRAWS),
+    "best-of-n": _Method(BestOfN, ("preset", "samples", "parallel", *_DRAWS)),
+    "rejection-sampling": _Method(RejectionSampling, _ACCEPTS),
+    "args": _Method(ARGS, ("preset", "weight", "candidates", "mode", "temperature", "seed", "as_released")),
+    "tbs": _Method(ChunkBeamSearch, _BEAMS, {"chunk_length": 1}),
+    "cbs": _Method(ChunkBeamSearch, ("chunk_length", *_BEAMS)),
+    "cards": _Method(CARDS, ("entropy_threshold", "alpha", "max_segment", "acceptance", *_ACCEPTS)),
 }
 
 
@@ -43,45 +82,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--policy", metavar="DIR_OR_ID", default=EMBEDDED, help="causal language model (default: the embedded one)"
     )
-    models.add_argument(
-        "--reward", metavar="DIR_OR_ID", help="reward model on the policy's vocabulary (default: the embedded one)"
-    )
+    models.add_argument("--reward", metavar="DIR_OR_ID", help="reward model (default: the embedded one)")
     models.add_argument(
         "--dtype", choices=DTYPES, help="default: float32 for the embedded models, else the checkpoint's"
     )
     models.add_argument("--device", default=default_device(), help="default: cuda where available, else cpu")
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=_OPTIONS, default="ggro")
+    method.add_argument("--method", choices=METHODS, default="ggro")
     method.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: the preset's, else 128")
-    ggro = parser.add_argument_group("ggro")
-    ggro.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
+    method.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME", help=f"settings of a method by name: {', '.join(PRESETS)}"
+    )
+    method.add_argument("--as-released", action="store_true", default=None, help="the released code's behaviour")
+    method.add_argument("--seed", type=int, help="of random draws (0)")
+    ggro = parser.add_argument_group("ggro, args and cards")
     ggro.add_argument(
-        "--entropy-threshold", type=float, metavar="NATS", help="a token at or above it opens a new segment (1.5)"
+        "--candidates", type=positive, metavar="K", help="likeliest tokens that compete (ggro: 25, args: 10)"
     )
     ggro.add_argument(
-        "--refinements", type=positive, metavar="N", help="passes per segment, the policy's own included (8)"
+        "--entropy-threshold",
+        type=float,
+        metavar="NATS",
+        help="a token at or above it opens a new segment (ggro: 1.5, cards: 3.0)",
     )
     ggro.add_argument(
-        "--candidates", type=positive, metavar="K", help="likeliest tokens that compete for a position (25)"
+        "--refinements", type=positive, metavar="N", help="ggro: passes per segment, the policy's own included (8)"
     )
-    ggro.add_argument("--check-every", type=positive, metavar="N", help="only every n-th token may open a segment (1)")
+    ggro.add_argument("--check-every", type=positive, metavar="N", help="ggro: only every n-th token opens one (1)")
     ggro.add_argument(
-        "--nudge-tokens", type=positive, metavar="N", help="most tokens that one intervention replaces (1)"
-    )
-    ggro.add_argument(
-        "--perplexity-ratio", type=float, metavar="R", help="limit of a candidate's perplexity to the policy's own"
+        "--nudge-tokens", type=positive, metavar="N", help="ggro: most tokens that one intervention replaces (1)"
     )
     ggro.add_argument(
-        "--as-released", action="store_true", default=None, help="the released code's behaviour, token for token"
+        "--perplexity-ratio",
+        type=float,
+        metavar="R",
+        help="ggro: limit of a candidate's perplexity to the policy's own",
     )
-    sampling = parser.add_argument_group("sample and best-of-n")
-    sampling.add_argument("--samples", type=positive, metavar="N", help="responses drawn by best-of-n (8)")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="divides the logits (1.0)")
+    ggro.add_argument("--weight", type=float, metavar="W", help="args: of the reward against the logits (1.5)")
+    ggro.add_argument("--mode", choices=("greedy", "sample"), help="args: take the best candidate or draw one (greedy)")
+    sampling = parser.add_argument_group("methods that draw")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="divides the logits")
     sampling.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest tokens only")
     sampling.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the smallest set of tokens of probability P only"
     )
-    sampling.add_argument("--seed", type=int, help="of the random draws (0)")
+    sampling.add_argument("--samples", type=positive, metavar="N", help="best-of-n: responses drawn (8)")
+    sampling.add_argument("--width", type=positive, metavar="W", help="cbs, tbs: beams (8)")
+    sampling.add_argument("--successors", type=positive, metavar="K", help="cbs, tbs: drawn for each beam (8)")
+    sampling.add_argument("--chunk-length", type=positive, metavar="L", help="cbs: tokens of a chunk (30)")
+    sampling.add_argument(
+        "--reward-threshold",
+        type=float,
+        metavar="R",
+        help="cards, rejection-sampling: reward that is good enough; every reward model needs another",
+    )
+    sampling.add_argument(
+        "--attempts", type=int, metavar="N", help="cards, rejection-sampling: rejections at most (20)"
+    )
+    sampling.add_argument("--parallel", type=positive, metavar="N", help="draws decoded together")
+    sampling.add_argument("--alpha", type=float, help="cards: share of the threshold at the beginning (0.5)")
+    sampling.add_argument("--max-segment", type=positive, metavar="N", help="cards: most tokens of a segment (64)")
+    sampling.add_argument("--acceptance", choices=("soft", "hard"), help="cards: by chance or by the threshold (soft)")
 
 
 def positive(text: str) -> int:
@@ -107,16 +168,26 @@ class MethodSettings:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "MethodSettings":
         """Check what `add_arguments` parsed; raises CommandError for options that do not go together."""
-        given = {name: getattr(args, name) for names in _OPTIONS.values() for name in names}
+        method = METHODS[args.method]
+        given = {name: getattr(args, name) for other in METHODS.values() for name in other.options}
         given = {name: value for name, value in given.items() if value is not None}
-        foreign = sorted(given.keys() - set(_OPTIONS[args.method]))
+        foreign = sorted(given.keys() - set(method.options))
         if foreign:
             raise CommandError(
                 f"--{foreign[0].replace('_', '-')} has no meaning for --method {args.method}; leave it out"
             )
         reward = args.reward or (EMBEDDED if args.policy == EMBEDDED else None)
-        if reward is None and args.method in ("ggro", "best-of-n"):
+        if reward is None and method.guided:
             raise CommandError(f"--method {args.method} with another --policy needs its --reward; name a reward model")
+        if args.preset and PRESETS[args.preset].method != method.decoder.__name__:
+            raise CommandError(
+                f"--preset {args.preset} is one of {PRESETS[args.preset].method}, not of --method {args.method}"
+            )
+        if "reward_threshold" in method.options and not given.keys() & {"reward_threshold", "preset"}:
+            raise CommandError(
+                f"--method {args.method} needs --reward-threshold, in the units of the reward model; "
+                "best-of-n shows which rewards its responses have"
+            )
         dtype = args.dtype or ("float32" if args.policy == EMBEDDED else "auto")
         of_preset = PRESETS[args.preset].max_new_tokens if args.preset else None
         max_new_tokens = args.max_new_tokens or of_preset or _DEFAULT_MAX_NEW_TOKENS
@@ -130,7 +201,7 @@ class MethodSettings:
     @property
     def entropy_threshold(self) -> float | None:
         """Nats at which GGRO opens a segment; None for other methods."""
-        if self.method != "ggro":
+        if METHODS[self.method].decoder is not GGRO:
             return None
         preset = self.options.get("preset")
         settings = PRESETS[preset].settings if preset else {}
@@ -178,22 +249,19 @@ class Session:
         )
         generation = next(responses)
         if generation.reward is None and self.reward is not None:
-            generation.reward = self.reward.score(generation.prompt_ids + generation.token_ids)
+            conversation = Conversation(generation.prompt_ids, line.prompt, self.policy.tokenizer)
+            generation.reward = self.reward.score_response(conversation, generation.token_ids)
         return generation
 
 
-def _decoder(settings: MethodSettings, policy: LoadedPolicy, reward: RewardModel | None) -> Decoder:
-    options = dict(settings.options)
-    if reward is None or settings.method in ("greedy", "sample"):
-        return Greedy() if settings.method == "greedy" else Sample(**options)
-    if settings.method == "best-of-n":
-        return BestOfN(reward, **options)
+def _decoder(settings: MethodSettings, policy: LoadedPolicy, reward: Reward | None) -> Decoder:
+    method = METHODS[settings.method]
+    options: dict[str, Any] = {**settings.options, **method.fixed}
+    if not method.guided:
+        return method.decoder(**options)
     options["tokenizer"] = policy.tokenizer
+    if "candidates" in options:
+        check_candidates(policy.model, options["candidates"])
     preset = options.pop("preset", None)
-    decoder = GGRO.from_preset(preset, reward, **options) if preset else GGRO(reward, **options)
-    rows = policy.model.get_output_embeddings().weight.shape[0]
-    if decoder.candidates > rows:
-        raise ValueError(
-            f"--candidates is {decoder.candidates}, but the policy's vocabulary has {rows} tokens; lower it"
-        )
-    return decoder
+    decoder: Any = method.decoder
+    return decoder.from_preset(preset, reward, **options) if preset else decoder(reward, **options)

@@ -1,13 +1,12 @@
 """Gradient-guided reward optimisation: at high-entropy positions, the token that the reward's gradient prefers."""
 
 import math
-from typing import Any, Self
 
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Decoder, Request, check_candidates, finish_reason, open_policy
-from ggro_hf.decoding.presets import preset_settings
+from ggro_hf.decoding.base import Request, check_candidates, finish_reason, open_policy
+from ggro_hf.decoding.guided import GuidedDecoder, check_positive
 from ggro_hf.decoding.released import ClampedTopK, decode_as_released, released_rules
 from ggro_hf.decoding.segment_search import EndRules, SearchSettings, SegmentSearch
 from ggro_hf.models import check_room, context_length
@@ -17,7 +16,7 @@ from ggro_hf.results import Counters, Generation, Trace
 from ggro_hf.rewards import RewardModel, RewardPrefix
 
 
-class GGRO(Decoder):
+class GGRO(GuidedDecoder):
     """Greedy decoding in segments that end before a high-entropy token, each refined by single-token interventions.
 
     A segment is first decoded greedily. While refinements remain, the reward's gradient at the segment's first token
@@ -58,23 +57,22 @@ class GGRO(Decoder):
         insertion_offset: int | None = None,
         streamer: BaseStreamer | None = None,
     ) -> None:
-        super().__init__(streamer=streamer)
-        for name, value in (
-            ("refinements", refinements),
-            ("candidates", candidates),
-            ("check_every", check_every),
-            ("nudge_tokens", nudge_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if not isinstance(reward, RewardModel):
+            raise TypeError(
+                f"reward is a {type(reward).__name__}, but GGRO needs the gradients of a RewardModel, which reads the "
+                "policy's token ids; ARGS, ChunkBeamSearch, CARDS and BestOfN do without"
+            )
+        super().__init__(reward, tokenizer=tokenizer, streamer=streamer)
+        check_positive(
+            refinements=refinements, candidates=candidates, check_every=check_every, nudge_tokens=nudge_tokens
+        )
         if math.isnan(entropy_threshold):
             raise ValueError("entropy_threshold is NaN, but must be a number of nats")
         if perplexity_ratio is not None and not perplexity_ratio >= 1:
             raise ValueError(f"perplexity_ratio is {perplexity_ratio}, but must be at least 1 (or None for no limit)")
         if as_released and tokenizer is None:
             raise ValueError("as_released keeps its state as text and needs tokenizer=")
-        self.reward = reward
-        self.tokenizer = tokenizer
+        self.reward: RewardModel = reward
         self.entropy_threshold = entropy_threshold
         self.refinements = refinements
         self.candidates = candidates
@@ -83,21 +81,11 @@ class GGRO(Decoder):
         self.perplexity_ratio = perplexity_ratio
         self.as_released = as_released
         self.insertion_offset = insertion_offset if insertion_offset is not None else (4 if as_released else 0)
-        if tokenizer is not None:
-            self.check_tokenizer(tokenizer)
-
-    @classmethod
-    def from_preset(cls, name: str, reward: RewardModel, **overrides: Any) -> Self:
-        """A decoder with the settings of `PRESETS[name]`, of which keyword arguments override any."""
-        return cls(reward, **(preset_settings(name, cls.__name__) | overrides))
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if self.as_released:
             return released_prompt(tokenizer, prompt, prefill_attack=self.insertion_offset == 0)
         return super().encode_prompt(tokenizer, prompt)
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.reward.check_tokenizer(tokenizer)
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
         check_candidates(request.model, self.candidates)
