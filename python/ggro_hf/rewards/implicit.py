@@ -2,25 +2,21 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.models import TOLERANCE, check_room, context_length, device_of, embedding_rows
-from ggro_hf.policy import check_policy
+from ggro_hf.models import check_room, context_length, embedding_rows
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
+from ggro_hf.rewards.language_model import LanguageModel, load_language_model
 from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.tree import CausalTree
 from ggro_hf.transfer import to_device, to_host
 from ggro_hf.vocabulary import check_shared_vocabulary
-from ggro_kernels import candidate_scores, lm_head_entropy_topk
-
-# Tokens of the self-check at load.
-_CHECK_TOKENS = 6
 
 
 class ImplicitReward(Reward):
@@ -46,8 +42,8 @@ class ImplicitReward(Reward):
         if not 0 < beta < float("inf"):
             raise ValueError(f"beta is {beta}, but must be a finite number above 0")
         self.beta = beta
-        self.tuned = _LanguageModel("tuned model", tuned)
-        self.reference = _LanguageModel("reference model", reference)
+        self.tuned = LanguageModel("tuned model", tuned)
+        self.reference = LanguageModel("reference model", reference)
         self.tokenizers = tuple(tokenizers)
         self._checked_tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -65,24 +61,9 @@ class ImplicitReward(Reward):
 
         `dtype=None` keeps the checkpoints'. Raises ValueError where weights are missing, OSError where files are.
         """
-        models, tokenizers = [], []
-        for name in (tuned, reference):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-            )
-            model, loading = loaded
-            missing = sorted(loading["missing_keys"])
-            if missing:
-                raise ValueError(
-                    f"model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
-                    "use the checkpoint of a whole language model"
-                )
-            models.append(model.to(device) if device is not None else model)
-            try:
-                tokenizers.append(AutoTokenizer.from_pretrained(name))
-            except (OSError, ValueError):
-                continue
-        return cls(*models, beta=beta, tokenizers=tokenizers)
+        loaded = [load_language_model(name, dtype=dtype, device=device) for name in (tuned, reference)]
+        tokenizers = [tokenizer for _, tokenizer in loaded if tokenizer is not None]
+        return cls(*(model for model, _ in loaded), beta=beta, tokenizers=tokenizers)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -108,51 +89,6 @@ class ImplicitReward(Reward):
             for tokenizer in self.tokenizers:
                 check_shared_vocabulary(policy_tokenizer, tokenizer, rows)
             self._checked_tokenizer = policy_tokenizer
-
-
-class _LanguageModel:
-    """A causal language model as backbone and head; of the logits only what is needed is computed, none is kept."""
-
-    def __init__(self, role: str, model: PreTrainedModel) -> None:
-        check_policy(model)
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"{role} {type(model).__name__} has no linear head; use one with an lm_head")
-        self.model = model.eval().requires_grad_(False)
-        self._head = head
-        self._softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-        self._check_parity(role)
-
-    def log_probabilities(self, hidden: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
-        """Log-probabilities [T], fp32 or better, of `token_ids[T]`, each predicted by the row `rows[T]` of `hidden`."""
-        weight, bias = self._head.weight, self._head.bias
-        logsumexp = lm_head_entropy_topk(hidden, weight, 1, bias=bias, softcap=self._softcap).logsumexp
-        logits = candidate_scores(hidden[rows], weight, token_ids[:, None])[:, 0]
-        if bias is not None:
-            logits = logits + bias[token_ids]
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits - logsumexp[rows]
-
-    @torch.inference_mode()
-    def _check_parity(self, role: str) -> None:
-        """Models scale and cap their logits in ways of their own: compare with the model's, once, at load."""
-        if self.model.device.type == "meta":
-            return
-        vocabulary = embedding_rows(self.model)
-        ids = to_device([[(7 * token + 1) % vocabulary for token in range(_CHECK_TOKENS)]], device_of(self.model))
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        expected = logits.double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-        rows = torch.arange(_CHECK_TOKENS - 1, device=hidden.device)
-        error = float((self.log_probabilities(hidden, rows, ids[0, 1:]).double() - expected).abs().max())
-        tolerance = TOLERANCE[self.model.dtype] * max(1.0, float(expected.abs().max()))
-        if not error <= tolerance:
-            raise ValueError(
-                f"{role} {type(self.model).__name__} has log-probabilities that its last hidden states and its head "
-                f"do not give (off by {error:.2g}, tolerance {tolerance:.1g}): it changes its logits in a way that is "
-                "not known here, or its weights are not finite"
-            )
 
 
 class _ImplicitScoring(Scoring):
@@ -211,7 +147,7 @@ class _ImplicitScoring(Scoring):
 
 
 def _of_branches(
-    model: _LanguageModel,
+    model: LanguageModel,
     branches: list[list[list[int]]],
     continuations: Sequence[Sequence[list[int]]],
     hidden: list[list[Tensor]],
