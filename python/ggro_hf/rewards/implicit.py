@@ -67,12 +67,12 @@ class ImplicitReward(Reward):
 
     @property
     def capabilities(self) -> Capabilities:
-        both = (self.tuned.model, self.reference.model)
-        limits = [limit for model in both if (limit := context_length(model)) is not None]
+        both = (self.tuned.backbone, self.reference.backbone)
+        limits = [limit for backbone in both if (limit := context_length(backbone)) is not None]
         return Capabilities(
             reads_ids=True,
             cached_prefix=True,
-            tree=all(packing_for(model.base_model) is not one_by_one for model in both),
+            tree=all(packing_for(backbone) is not one_by_one for backbone in both),
             gradient=False,
             max_tokens=min(limits, default=None),
         )
@@ -103,7 +103,7 @@ class _ImplicitScoring(Scoring):
             raise ValueError("prompt has no tokens, but the first token of the response needs one to follow")
         self._beta = reward.beta
         self._models = (reward.tuned, reward.reference)
-        self._trees = [CausalTree(model.model.base_model, counters, capacity) for model in self._models]
+        self._trees = [CausalTree(model.backbone, counters, capacity) for model in self._models]
         if prompt_ids[:-1]:
             for tree in self._trees:
                 tree.extend(prompt_ids[:-1])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,11 @@ class LanguageModel:
         self._softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         self._check_parity(role)
 
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model without its head."""
+        return cast(PreTrainedModel, self.model.base_model)
+
     def log_probabilities(self, hidden: Tensor, rows: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probabilities [T], fp32 or better, of `token_ids[T]`, each predicted by the row `rows[T]` of `hidden`."""
         weight, bias = self._head.weight, self._head.bias
@@ -100,7 +105,7 @@ class LanguageModel:
         ids = to_device([[(7 * token + 1) % vocabulary for token in range(_CHECK_TOKENS)]], device_of(self.model))
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         expected = logits.double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
         rows = torch.arange(_CHECK_TOKENS - 1, device=hidden.device)
         error = float((self.log_probabilities(hidden, rows, ids[0, 1:]).double() - expected).abs().max())
         tolerance = TOLERANCE[self.model.dtype] * max(1.0, float(expected.abs().max()))

@@ -1,7 +1,5 @@
 """Heads: every family from a directory with the tensor names of the real one, against its formula in fp64."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,9 +7,16 @@ from torch.nn.functional import relu
 from transformers import BertConfig, BertForSequenceClassification
 
 from ggro_hf.rewards.heads import HEADS, FeedForward, HeadFamily, LoadedBackbone
+from tests.ggro_hf.rewards.head_models import (
+    VOCABULARY,
+    WIDTH,
+    checkpoint,
+    hidden_states,
+    rewrite_config,
+    two_layers,
+)
 from tests.ggro_hf.small_models import small_policy, small_reward, small_tokenizer
 
-VOCABULARY, WIDTH = 300, 32
 TURN = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 IDS = [0, 17, 45, 200, 90]
 
@@ -28,16 +33,6 @@ def score(random):
 
 def regression_head(random):
     return {"regression_head.weight": torch.randn(1, WIDTH, generator=random)}
-
-
-def two_layers(random, module, outputs=1, inner=WIDTH):
-    shapes = {
-        f"{module}.0.weight": (inner, WIDTH),
-        f"{module}.0.bias": (inner,),
-        f"{module}.2.weight": (outputs, inner),
-        f"{module}.2.bias": (outputs,),
-    }
-    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
 def linear_value(random):
@@ -88,43 +83,8 @@ FAMILIES = {
 }
 
 
-def checkpoint(directory, head_tensors, *, family="llama", shards=1, tokenizer=True, config=None, **policy):
-    """A causal model's directory whose lm_head is replaced by a head, in one file or several with an index."""
-    model = small_policy(family, seed=5, vocabulary=VOCABULARY, dtype=torch.float32, **policy)
-    model.save_pretrained(directory)
-    if tokenizer:
-        small_tokenizer().save_pretrained(directory)
-    tensors = load_file(directory / "model.safetensors")
-    tensors.pop("lm_head.weight")
-    tensors |= head_tensors
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    else:
-        (directory / "model.safetensors").unlink()
-        weight_map = {}
-        for shard in range(shards):
-            file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-            part = {name: tensor for index, (name, tensor) in enumerate(tensors.items()) if index % shards == shard}
-            save_file(part, directory / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        index = {"metadata": {}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    rewrite_config(directory, **(config or {}))
-    return model.model
-
-
-def rewrite_config(directory, **changes):
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def double(tensors):
     return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def hidden_states(backbone, ids):
-    with torch.no_grad():
-        return backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -132,7 +92,7 @@ def hidden_states(backbone, ids):
 def test_a_checkpoint_gives_the_head_by_hand(tmp_path, random, family, shards):
     make, by_hand = FAMILIES[family]
     tensors = make(random)
-    backbone = checkpoint(tmp_path, tensors, shards=shards)
+    backbone = checkpoint(tmp_path, tensors, shards=shards, tokenizer=small_tokenizer())
     loaded = LoadedBackbone.from_pretrained(tmp_path)
     hidden = hidden_states(backbone, IDS)
     torch.testing.assert_close(hidden_states(loaded.model, IDS), hidden, rtol=0, atol=1e-6)
@@ -157,7 +117,8 @@ def gated_by_hand(tensors, hidden, at_turn, temperature):
 @pytest.mark.parametrize("temperature", [None, 3.0])
 def test_a_gate_reads_the_last_turn_of_the_prompt(tmp_path, random, temperature):
     tensors = gated(random)
-    backbone = checkpoint(tmp_path, tensors, config={} if temperature is None else {"gating_temperature": temperature})
+    config = {} if temperature is None else {"gating_temperature": temperature}
+    backbone = checkpoint(tmp_path, tensors, tokenizer=small_tokenizer(), config=config)
     loaded = LoadedBackbone.from_pretrained(tmp_path)
     turn = small_tokenizer().encode(TURN, add_special_tokens=False)
     prompt = [0, 40, 41, *turn, 60, 61, *turn]
@@ -172,14 +133,14 @@ def test_a_gate_reads_the_last_turn_of_the_prompt(tmp_path, random, temperature)
 
 
 def test_a_gate_without_its_turn_in_the_prompt_says_so(tmp_path, random):
-    backbone = checkpoint(tmp_path, gated(random))
+    backbone = checkpoint(tmp_path, gated(random), tokenizer=small_tokenizer())
     loaded = LoadedBackbone.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"open the assistant's.*add_generation_prompt=True"):
         loaded.head.for_prompt(IDS, hidden_states(backbone, IDS))
 
 
 def test_a_gate_needs_a_tokenizer(tmp_path, random):
-    checkpoint(tmp_path, gated(random), tokenizer=False)
+    checkpoint(tmp_path, gated(random))
     with pytest.raises(ValueError, match=r"'llama' has a gate.*with its tokenizer"):
         LoadedBackbone.from_pretrained(tmp_path)
 
