@@ -20,6 +20,17 @@ def two_layers(random, module, outputs=1, inner=WIDTH):
     return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
+def gated(random, objectives=5, inner=12):
+    shapes = {
+        "regression_layer.weight": (objectives, WIDTH),
+        "reward_transform_matrix": (objectives, objectives),
+        "gating.logit_scale": (1,),
+    }
+    for layer, (rows, columns) in enumerate([(inner, WIDTH), (inner, inner), (inner, inner), (objectives, inner)]):
+        shapes |= {f"gating.layers.{layer}.weight": (rows, columns), f"gating.layers.{layer}.bias": (rows,)}
+    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
 def checkpoint(
     directory, head_tensors, *, family="llama", shards=1, tokenizer=None, keep_lm_head=False, config=None, **policy
 ):

@@ -11,6 +11,7 @@ from tests.ggro_hf.rewards.head_models import (
     VOCABULARY,
     WIDTH,
     checkpoint,
+    gated,
     hidden_states,
     rewrite_config,
     two_layers,
@@ -40,17 +41,6 @@ def linear_value(random):
         "v_head.summary.weight": torch.randn(1, WIDTH, generator=random),
         "v_head.summary.bias": torch.randn(1, generator=random),
     }
-
-
-def gated(random, objectives=5, inner=12):
-    shapes = {
-        "regression_layer.weight": (objectives, WIDTH),
-        "reward_transform_matrix": (objectives, objectives),
-        "gating.logit_scale": (1,),
-    }
-    for layer, (rows, columns) in enumerate([(inner, WIDTH), (inner, inner), (inner, inner), (objectives, inner)]):
-        shapes |= {f"gating.layers.{layer}.weight": (rows, columns), f"gating.layers.{layer}.bias": (rows,)}
-    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
 def mlp(tensors, module):
