@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,9 +16,12 @@ from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.heads import FeedForward, LoadedBackbone
 from ggro_hf.rewards.language_model import LanguageModel, load_language_model
 from ggro_hf.rewards.packing import one_by_one, packing_for
-from ggro_hf.rewards.responses import ResponseScoring, name_of, prompt_of
+from ggro_hf.rewards.responses import Responses, name_of, prompt_of
 from ggro_hf.rewards.steps import STEP_FORMATS, EncodedSteps, StepFormat, answer_ids
 from ggro_hf.rewards.tree import CausalTree
+
+# A common beginning gets a pass of its own where that saves more tokens than this; fewer cost less than the pass.
+_WORTH_A_PASS = 64
 
 Reduce = Literal["last", "min", "mean", "product"]
 
@@ -101,7 +105,7 @@ class ProcessReward(Reward):
 
     def open(self, conversation: Conversation, counters: Counters, max_new_tokens: int) -> Scoring:
         """As `Reward.open`; a response that is too long is found when it is scored."""
-        return _ProcessScoring(self, conversation, counters)
+        return _ProcessScoring(self, conversation, counters, max_new_tokens)
 
     def values(self, hidden: Tensor) -> list[float]:
         """Values of steps that are read at hidden states [n, d]."""
@@ -110,51 +114,55 @@ class ProcessReward(Reward):
         return logits.double().sigmoid().tolist()
 
 
-class _ProcessScoring(ResponseScoring):
-    """What all inputs of a call have in common is a prefix in the cache, with the values that it has at every token;
-    the rest of each is a branch.
+class _ProcessScoring(Scoring):
+    """The sequences of the tree are inputs up to the last place to read; the value at every token of them is known, so
+    that a step in what inputs have in common with them is read without computing it again.
     """
 
-    def __init__(self, reward: ProcessReward, conversation: Conversation, counters: Counters) -> None:
-        super().__init__(conversation)
+    def __init__(self, reward: ProcessReward, conversation: Conversation, counters: Counters, max_tokens: int) -> None:
         self._reward = reward
         self._prompt = prompt_of(conversation)
-        self._counters = counters
+        self._responses = Responses(conversation)
         self._limit = reward.capabilities.max_tokens
-        self._clear()
         tokens = len(self._encode("").token_ids)
         if self._limit is not None and tokens > self._limit:
             raise ValueError(
                 f"prompt alone takes {tokens} tokens of the process reward model, whose context has {self._limit}; "
                 "shorten the prompt or use a reward model with a longer context"
             )
+        self._tree = CausalTree(reward.model, counters, capacity=tokens + max_tokens)
+        self._values: list[list[float]] = [[]]
+        self._continued: list[list[list[float]]] = []
 
     @torch.inference_mode()
-    def _compute(self, responses: list[str], places: list[tuple[int, int]]) -> list[float]:
-        inputs = [self._encode(response) for response in responses]
-        for encoded, response, place in zip(inputs, responses, places, strict=True):
-            if self._limit is not None and len(encoded.token_ids) > self._limit:
-                raise ValueError(
-                    f"prompt and response take {len(encoded.token_ids)} tokens of the process reward model, whose "
-                    f"context has {self._limit}, at {name_of(place, response)}; lower max_new_tokens, shorten the "
-                    "prompt or use a reward model with a longer context"
-                )
-        self._move_to(_common_prefix([encoded.token_ids for encoded in inputs]))
-        shared = len(self._values)
-        branches = [encoded.token_ids[shared:] for encoded in inputs]
-        (hidden,) = self._tree.branch([branches])
-        states = [
-            state[position - shared]
-            for state, encoded in zip(hidden, inputs, strict=True)
-            for position in encoded.positions
-            if position >= shared
+    def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
+        texts = self._responses.extend(continuations)
+        encode = cache(self._encode)
+        inputs = [[encode(text) for text in own] for own in texts]
+        self._check_room(inputs, texts)
+        self._go_to_common([[encoded.token_ids for encoded in own] for own in inputs])
+        branches = [
+            [encoded.token_ids[len(known) :] for encoded in own]
+            for known, own in zip(self._values, inputs, strict=True)
         ]
-        values = iter(self._reward.values(torch.stack(states)) if states else [])
+        hidden = self._tree.branch(branches)
+        # The hidden state that comes with an empty branch is that of a token whose value is known.
+        states = [state for own in zip(hidden, branches, strict=True) for state, ids in zip(*own, strict=True) if ids]
+        values = iter(self._reward.values(torch.cat(states)) if states else [])
+        self._continued = [
+            [known + [next(values) for _ in branch] for branch in own]
+            for known, own in zip(self._values, branches, strict=True)
+        ]
         reduce = _REDUCTIONS[self._reward.reduce]
         return [
-            reduce([self._values[at] if at < shared else next(values) for at in encoded.positions])
-            for encoded in inputs
+            [reduce([known[at] for at in encoded.positions]) for known, encoded in zip(*own, strict=True)]
+            for own in zip(self._continued, inputs, strict=True)
         ]
+
+    def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
+        self._responses.keep(chosen)
+        self._tree.keep(chosen)
+        self._values = [self._continued[sequence][continuation] for sequence, continuation in chosen]
 
     def _encode(self, response: str) -> EncodedSteps:
         format = self._reward.format
@@ -162,19 +170,31 @@ class _ProcessScoring(ResponseScoring):
         # What follows the last place to read, the end of the turn say, changes no value.
         return encoded._replace(token_ids=encoded.token_ids[: encoded.positions[-1] + 1])
 
-    def _move_to(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            self._clear()
-            return
-        hidden = self._tree.move_to(token_ids)
-        computed = len(token_ids) - len(hidden)
-        self._values[computed:] = self._reward.values(hidden)
+    def _check_room(self, inputs: list[list[EncodedSteps]], texts: list[list[str]]) -> None:
+        for sequence, own in enumerate(inputs):
+            for continuation, encoded in enumerate(own):
+                if self._limit is not None and len(encoded.token_ids) > self._limit:
+                    name = name_of((sequence, continuation), texts[sequence][continuation])
+                    raise ValueError(
+                        f"prompt and response take {len(encoded.token_ids)} tokens of the process reward model, whose "
+                        f"context has {self._limit}, at {name}; lower max_new_tokens, shorten the prompt or use a "
+                        "reward model with a longer context"
+                    )
 
-    def _clear(self) -> None:
-        self._tree = CausalTree(self._reward.model, self._counters)
-        self._values: list[float] = []
+    def _go_to_common(self, inputs: list[list[list[int]]]) -> None:
+        """Leave of every sequence what its inputs begin with; a single one gets what else they have in common."""
+        sequences = self._tree.sequences
+        lengths = [_common_length([sequence, *own]) for sequence, own in zip(sequences, inputs, strict=True)]
+        if lengths != [len(sequence) for sequence in sequences]:
+            self._tree.rewind(lengths)
+            self._values = [known[:length] for known, length in zip(self._values, lengths, strict=True)]
+        if len(inputs) == 1 and inputs[0]:
+            common = inputs[0][0][lengths[0] : _common_length(inputs[0])]
+            different = len(set(map(tuple, inputs[0])))
+            if (different - 1) * len(common) > _WORTH_A_PASS:
+                self._values = [self._values[0] + self._reward.values(self._tree.extend(common))]
 
 
-def _common_prefix(sequences: list[list[int]]) -> list[int]:
-    first = sequences[0]
-    return first[: min(common_prefix_length(first, sequence) for sequence in sequences)]
+def _common_length(sequences: list[list[int]]) -> int:
+    # What the first and the last in lexicographic order share, all share.
+    return common_prefix_length(min(sequences), max(sequences))

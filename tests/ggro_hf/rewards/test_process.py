@@ -1,6 +1,7 @@
 """Process reward models: every family from a directory, against what its own code does with plain passes."""
 
 import math
+import random as random_module
 
 import pytest
 import torch
@@ -236,17 +237,39 @@ def test_several_sequences_over_several_rounds(published, tmp_path):
     assert counters.reward_forward_tokens < separately
 
 
-def test_the_prefix_is_computed_once(tmp_path, random):
+@pytest.mark.parametrize("seed", range(3))
+def test_random_texts_and_choices(published, tmp_path, seed):
+    draw = random_module.Random(seed)
+    pieces = ["one", " the", " ", "é", "1", "\n", "\n\n", published.separator, "ан", " and 3"]
+    scoring = ProcessReward.from_pretrained(tmp_path, published.format).open(conversation(), Counters(), 64)
+    sequences = [""]
+    for _ in range(5):
+        texts = [
+            ["".join(draw.choices(pieces, k=draw.randint(0, 4))) for _ in range(draw.randint(1, 4))] for _ in sequences
+        ]
+        rewards = scoring.score([[ids_of(text) for text in own] for own in texts])
+        for sequence, own, got in zip(sequences, texts, rewards, strict=True):
+            for text, value in zip(own, got, strict=True):
+                steps = [step for step in (sequence + text).split(published.separator) if step.strip()] or [""]
+                assert value == pytest.approx(published.values(steps)[-1], abs=1e-5), (sequence, text)
+        if draw.random() < 0.8:
+            places = [(sequence, number) for sequence, own in enumerate(texts) for number in range(len(own))]
+            chosen = draw.choices(places, k=draw.randint(1, 3))
+            scoring.keep(chosen)
+            sequences = [sequences[sequence] + texts[sequence][number] for sequence, number in chosen]
+
+
+def test_what_is_known_is_not_computed_again(tmp_path, random):
     Skywork().save(tmp_path, random)
     counters = Counters()
     scoring = ProcessReward.from_pretrained(tmp_path, "skywork-o1-prm").open(conversation(), counters, 64)
-    scoring.score([[ids_of("one"), ids_of("two")]])
-    scoring.keep([(0, 0)])
+    scoring.score([[ids_of("one\nfirst"), ids_of("two\nsecond")]])
+    scoring.keep([(0, 0), (0, 1), (0, 0)])
     before = counters.reward_forward_tokens
-    candidates = [" 1", " 2", " 3", " 4"]
-    scoring.score([[ids_of(text) for text in candidates]])
-    # The kept token's letters, then for each candidate what follows " ", and the newline.
-    assert counters.reward_forward_tokens - before <= len("one ") + 3 * len(candidates)
+    candidates = ["1", "2", "3", "4"]
+    scoring.score([[ids_of(text) for text in candidates]] * 3)
+    # A letter and the end of the step for each.
+    assert counters.reward_forward_tokens - before == 3 * 2 * len(candidates)
 
 
 def test_messages_and_markers_of_the_problem_and_the_policy(tmp_path, random):
