@@ -212,14 +212,19 @@ class LoadedBackbone:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        _check_present(loading["missing_keys"], {})
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except (OSError, ValueError):
             tokenizer = None
-        kind = _choose(head, loading["unexpected_keys"], config)
-        tensors = {each: _read(file, each) for each, file in files.items() if _belongs(each, HEADS[kind].modules)}
-        return cls._assemble(model.to(device) if device is not None else model, kind, tensors, outputs, tokenizer)
+        if device is not None:
+            model = model.to(device)
+        try:
+            _check_present(loading["missing_keys"], {})
+            kind = _choose(head, loading["unexpected_keys"], config)
+            own = [each for each in files if _belongs(each, HEADS[kind].modules)]
+            return cls._assemble(model, kind, {each: _read(files[each], each) for each in own}, outputs, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{str(name)!r}: {error}") from error
 
     @classmethod
     def from_model(

@@ -9,6 +9,15 @@ from tests.ggro_hf.small_models import small_policy
 
 VOCABULARY, WIDTH = 300, 32
 
+# Checkpoints with a class of their own name code that is not there, and must not be asked for.
+OWN_CLASS = {
+    "architectures": ["OwnRewardModel"],
+    "auto_map": {
+        name: f"modeling_own.Own{name}"
+        for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    },
+}
+
 
 def two_layers(random, module, outputs=1, inner=WIDTH):
     shapes = {

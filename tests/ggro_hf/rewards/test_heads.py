@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from ggro_hf.rewards.heads import HEADS, FeedForward, HeadFamily, LoadedBackbone
 from tests.ggro_hf.rewards.head_models import (
+    OWN_CLASS,
     VOCABULARY,
     WIDTH,
     checkpoint,
@@ -82,7 +83,7 @@ def double(tensors):
 def test_a_checkpoint_gives_the_head_by_hand(tmp_path, random, family, shards):
     make, by_hand = FAMILIES[family]
     tensors = make(random)
-    backbone = checkpoint(tmp_path, tensors, shards=shards, tokenizer=small_tokenizer())
+    backbone = checkpoint(tmp_path, tensors, shards=shards, tokenizer=small_tokenizer(), config=OWN_CLASS)
     loaded = LoadedBackbone.from_pretrained(tmp_path)
     hidden = hidden_states(backbone, IDS)
     torch.testing.assert_close(hidden_states(loaded.model, IDS), hidden, rtol=0, atol=1e-6)
@@ -107,7 +108,7 @@ def gated_by_hand(tensors, hidden, at_turn, temperature):
 @pytest.mark.parametrize("temperature", [None, 3.0])
 def test_a_gate_reads_the_last_turn_of_the_prompt(tmp_path, random, temperature):
     tensors = gated(random)
-    config = {} if temperature is None else {"gating_temperature": temperature}
+    config = OWN_CLASS | ({} if temperature is None else {"gating_temperature": temperature})
     backbone = checkpoint(tmp_path, tensors, tokenizer=small_tokenizer(), config=config)
     loaded = LoadedBackbone.from_pretrained(tmp_path)
     turn = small_tokenizer().encode(TURN, add_special_tokens=False)
@@ -157,7 +158,7 @@ def test_a_head_with_a_tensor_missing_is_refused(tmp_path, random, family, gone,
     tensors = ALL[family](random)
     del tensors[gone]
     checkpoint(tmp_path, tensors)
-    with pytest.raises(ValueError, match=rf"lacks the weights {gone}: they would be random"):
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.*lacks the weights {gone}: they would be random"):
         LoadedBackbone.from_pretrained(tmp_path, head=head if named else "auto")
 
 

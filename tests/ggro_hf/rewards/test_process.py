@@ -12,7 +12,7 @@ from ggro_hf.rewards.base import Conversation
 from ggro_hf.rewards.heads import Gated, LoadedBackbone
 from ggro_hf.rewards.process import ProcessReward
 from ggro_hf.rewards.steps import EndedSteps, MarkedSteps, StepTurns, TaggedSteps
-from tests.ggro_hf.rewards.head_models import VOCABULARY, WIDTH, checkpoint, hidden_states, two_layers
+from tests.ggro_hf.rewards.head_models import OWN_CLASS, VOCABULARY, WIDTH, checkpoint, hidden_states, two_layers
 from tests.ggro_hf.small_models import small_config, small_policy, small_reward, small_tokenizer
 
 PROBLEM = "what is one and three"
@@ -49,7 +49,9 @@ class Qwen:
     def save(self, directory, random):
         self.tokenizer = tokenizer_with("<extra_0>", "<|im_start|>", "<|im_end|>", template=CHATML)
         self.tensors = {name: 0.2 * each for name, each in two_layers(random, "score", outputs=2).items()}
-        self.backbone = checkpoint(directory, self.tensors, family="qwen3", tokenizer=self.tokenizer, keep_lm_head=True)
+        self.backbone = checkpoint(
+            directory, self.tensors, family="qwen3", tokenizer=self.tokenizer, keep_lm_head=True, config=OWN_CLASS
+        )
 
     def values(self, steps):
         messages = [
