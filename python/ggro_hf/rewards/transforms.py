@@ -39,9 +39,10 @@ class Transformed(Reward):
     def __call__(self, reward: float) -> float:
         """The transform of one number."""
         value = self.scale * (reward - self.center)
-        if self.clip is None or math.isnan(value):
+        if self.clip is None:
             return value
         low, high = self.clip
+        # Python's min and max return a NaN that comes first.
         return min(max(value, low), high)
 
 

@@ -53,10 +53,10 @@ class Qwen:
             directory, self.tensors, family="qwen3", tokenizer=self.tokenizer, keep_lm_head=True, config=OWN_CLASS
         )
 
-    def values(self, steps):
+    def values(self, steps, problem=PROBLEM):
         messages = [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": PROBLEM},
+            {"role": "user", "content": problem},
             {"role": "assistant", "content": "<extra_0>".join(steps) + "<extra_0>"},
         ]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
@@ -283,9 +283,16 @@ def test_messages_and_markers_of_the_problem_and_the_policy(tmp_path, random):
     assert reward.score_response(conversation(messages), ids_of("one\n\ntwo")) == expected
     assert reward.score_response(conversation(messages[1:]), ids_of("one\n\ntwo")) == expected
     assert reward.score_response(conversation(messages), ids_of("one<extra_0>\n\n<extra_0>two")) == expected
+    # The problem's own marker comes first.
+    values = qwen.values(["one", "two"], problem=f"{PROBLEM}<extra_0>")
+    assert len(values) == 3
     marked = [{"role": "user", "content": f"{PROBLEM}<extra_0>"}]
-    assert 0 < reward.score_response(conversation(marked), ids_of("one")) < 1
-    assert reward.score_response(conversation(marked), ids_of("one")) != expected
+    product = ProcessReward(
+        LoadedBackbone(reward.model, reward.head, reward.tokenizer), MarkedSteps(), reduce="product"
+    )
+    assert product.score_response(conversation(marked), ids_of("one\n\ntwo")) == pytest.approx(
+        values[1] * values[2], abs=1e-5
+    )
 
 
 def test_a_tag_that_is_several_tokens_and_a_tag_in_the_text(tmp_path):
