@@ -46,6 +46,9 @@ class ImplicitReward(Reward):
         self.reference = LanguageModel("reference model", reference)
         self.tokenizers = tuple(tokenizers)
         self._checked_tokenizer: PreTrainedTokenizerBase | None = None
+        # It is found out, and checked, once a model: now rather than in the first response.
+        for model in (self.tuned, self.reference):
+            packing_for(model.backbone)
 
     @classmethod
     def from_pretrained(

@@ -57,6 +57,8 @@ class ProcessReward(Reward):
         self.model, self.head, self.tokenizer = backbone.model, backbone.head, backbone.tokenizer
         self.format = format
         self.reduce = reduce
+        # It is found out, and checked, once a model: now rather than in the first response.
+        packing_for(self.model)
 
     @classmethod
     def from_pretrained(
