@@ -7,12 +7,24 @@ import pytest
 import torch
 
 from benchmarks import gpu_decoding
-from ggro_hf import PREFIX_ATTENTION, EncoderReward, Greedy, TextReward, decode_step, pack_branches
+from ggro_hf import (
+    PREFIX_ATTENTION,
+    EncoderReward,
+    Greedy,
+    HeadReward,
+    ImplicitReward,
+    LoadedBackbone,
+    ProcessReward,
+    TextReward,
+    decode_step,
+    pack_branches,
+)
 from ggro_hf.cache import RewindableCache
 from ggro_hf.policy import Policy
 from ggro_hf.policy_rows import _shares_prefix
 from ggro_hf.reading import TopK
 from ggro_hf.results import Counters
+from ggro_hf.rewards import EndedSteps
 from ggro_hf.transfer import to_host
 from tests.ggro_hf.device_cases import (
     CPU,
@@ -27,7 +39,7 @@ from tests.ggro_hf.device_cases import (
 from tests.ggro_hf.pretend_gpu import DEVICE, NAME, OnPretendGPU, pretend_gpu
 from tests.ggro_hf.replayed import Replayed, replaying
 from tests.ggro_hf.rewards.text_models import conversation, encoder_tokenizer, gemma_like_tokenizer, small_encoder
-from tests.ggro_hf.small_models import PAD, small_reward, small_tokenizer
+from tests.ggro_hf.small_models import PAD, small_policy, small_reward, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +273,31 @@ def test_rewards_that_read_text_are_read_once_a_pass():
         transfers.clear()
         actual = [list(_text_scores(reward, note)) for reward in rewards]
     assert reads == [1] * 6
+    for got, wanted in zip(actual, expected, strict=True):
+        for step, same in zip(got, wanted, strict=True):
+            assert [pytest.approx(row, abs=1e-5) for row in same] == step
+
+
+def _head_rewards_on(device):
+    model = small_reward("mistral", seed=1, vocabulary=300, dtype=torch.float32).to(device)
+    backbone = LoadedBackbone.from_model(model, small_tokenizer())
+    language_models = [small_policy(seed=seed, vocabulary=300, dtype=torch.float32).to(device) for seed in (2, 3)]
+    return HeadReward(backbone), ProcessReward(backbone, EndedSteps()), ImplicitReward(*language_models)
+
+
+def test_heads_steps_and_log_probabilities_are_read_once_a_pass_of_a_model():
+    expected = [list(_text_scores(reward)) for reward in _head_rewards_on(CPU)]
+    with pretend_gpu() as transfers:
+        reads = []
+
+        def note():
+            reads.append(transfers.reads)
+            transfers.clear()
+
+        rewards = _head_rewards_on(DEVICE)
+        transfers.clear()
+        actual = [list(_text_scores(reward, note)) for reward in rewards]
+    assert reads == [1] * 6 + [2] * 3
     for got, wanted in zip(actual, expected, strict=True):
         for step, same in zip(got, wanted, strict=True):
             assert [pytest.approx(row, abs=1e-5) for row in same] == step
