@@ -38,6 +38,7 @@ from ggro_hf.rewards import (
     TextTemplate,
     Transformed,
     WeightedSum,
+    load_reward,
 )
 
 __all__ = [
@@ -82,5 +83,6 @@ __all__ = [
     "WeightedSum",
     "generate",
     "generate_iter",
+    "load_reward",
     "pack_branches",
 ]

@@ -393,8 +393,12 @@ def test_options_that_do_not_go_together(models, capsys, tmp_path):
     assert_gives_up(capsys, *prompt, "sample", "--temperature", -1, message="(?i)temperature")
     assert_gives_up(capsys, *prompt, "cards", message="cards needs --reward-threshold")
     assert_gives_up(capsys, *prompt, "cards", "--reward-threshold", "nan", message="reward_threshold is nan")
-    assert_gives_up(capsys, *prompt, "args", "--preset", "review", message="review is one of GGRO, not of --method args")
-    assert_gives_up(capsys, *prompt, "tbs", "--chunk-length", 3, message="--chunk-length has no meaning for --method tbs")
+    assert_gives_up(
+        capsys, *prompt, "args", "--preset", "review", message="review is one of GGRO, not of --method args"
+    )
+    assert_gives_up(
+        capsys, *prompt, "tbs", "--chunk-length", 3, message="--chunk-length has no meaning for --method tbs"
+    )
     assert_gives_up(capsys, *prompt, "args", "--candidates", 301, message="vocabulary has 300 tokens")
     nowhere = {"meta:nowhere": "Invalid device string"}
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import torch
 
 from ggro_hf import demo_models
 from ggro_hf.cli.errors import CommandError, check_writable, one_line
-from ggro_hf.cli.models import load_policy, load_reward
+from ggro_hf.cli.models import load_policy, load_reward_model
 from ggro_hf.cli.session import positive
 from ggro_hf.decoding import GGRO, BestOfN, Decoder, Greedy, Sample
 from ggro_hf.evaluation import MethodRun, compare, generation_record, summarize
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = list(demo_models.PROMPTS[: args.prompts])
     # Stored as fp16 to be small, computed in fp32.
     policy = load_policy(str(demo_models.POLICY), torch.float32, "cpu")
-    guide = load_reward(str(demo_models.REWARD), torch.float32, "cpu")
-    gold = load_reward(str(demo_models.GOLD), torch.float32, "cpu")
+    guide = load_reward_model(str(demo_models.REWARD), torch.float32, "cpu")
+    gold = load_reward_model(str(demo_models.GOLD), torch.float32, "cpu")
     runs = compare(
         policy.model,
         policy.tokenizer,

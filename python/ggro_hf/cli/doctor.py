@@ -13,6 +13,7 @@ from ggro_hf.cli.models import default_device, load_policy, load_reward
 from ggro_hf.cli.self_check import check_kernels
 from ggro_hf.decoding.base import Request, end_of_sequence_ids
 from ggro_hf.models import context_length
+from ggro_hf.rewards import HeadReward, RewardModel, describe
 from ggro_kernels import info
 
 
@@ -71,21 +72,21 @@ def _check_pair(title: str, policy_name: str, reward_name: str) -> bool:
             "chat template": "yes" if policy.tokenizer.chat_template else "no: prompts are continued as they are",
         }
         _print_tree({"policy": facts}, indent="   ")
-        reward = load_reward(reward_name, None, default_device())
+        reward = load_reward(reward_name, policy.tokenizer, None, default_device())
         reward.check_tokenizer(policy.tokenizer)
     except (CommandError, FloatingPointError, ValueError) as error:
         print(f"   └─ FAILED: {error}")
         return False
+    can = reward.capabilities
     facts = {
-        "class": type(reward.model).__name__,
-        "parameters": f"{reward.model.num_parameters():,}",
-        "dtype": reward.model.dtype,
-        "head": "one label",
-        "cached prefix": "agrees with a plain forward",
-        "vocabulary": "shared with the policy"
-        if reward.tokenizer is not None
-        else "NOT CHECKED: the reward model comes without a tokenizer",
+        "scores": describe(reward),
+        "gradients": "yes" if can.gradient else "no: every method but ggro",
+        "context": can.max_tokens,
     }
+    if can.cached_prefix:
+        facts["cached prefix"] = "agrees with a plain forward"
+    if isinstance(reward, RewardModel | HeadReward) and reward.tokenizer is None:
+        facts["vocabulary"] = "NOT CHECKED: the reward model comes without a tokenizer"
     _print_tree({"reward": facts}, indent="   ", last=True)
     return True
 

@@ -17,6 +17,7 @@ from ggro_hf.decoding import NoProgressError
 from ggro_hf.evaluation import RECORD_FIELDS, generation_record
 from ggro_hf.jsonl import BadLine, PromptLine, RowFile, RowFileError, read_prompt_lines
 from ggro_hf.report import ReportPrompt, ReportResponse, write_report
+from ggro_hf.rewards import describe
 
 
 def register(subparsers: Any) -> None:
@@ -66,7 +67,7 @@ def _run_to_file(
 ) -> int:
     todo = [line for line in lines if isinstance(line, BadLine) or rows.row_of(line) is None]
     done = len(lines) - len(todo)
-    session = Session(settings) if any(isinstance(line, PromptLine) for line in todo) else None
+    session = _open(settings) if any(isinstance(line, PromptLine) for line in todo) else None
     if done:
         _say(f"{args.output}: {done} of {len(lines)} lines are done already")
     failures = 0
@@ -90,7 +91,7 @@ def _run_to_file(
 
 
 def _run_to_stdout(args: argparse.Namespace, settings: MethodSettings, lines: list[PromptLine | BadLine]) -> int:
-    session = Session(settings)
+    session = _open(settings)
     streams = args.prompt is not None and sys.stdout.isatty()
     if streams:
         session.decoder.streamer = TextStreamer(session.policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -111,6 +112,13 @@ def _run_to_stdout(args: argparse.Namespace, settings: MethodSettings, lines: li
     if failures and args.input is not None:
         _say(f"{len(rows)} of {len(lines)} lines done" + _failed(failures))
     return 1 if failures else 0
+
+
+def _open(settings: MethodSettings) -> Session:
+    session = Session(settings)
+    if session.reward is not None:
+        _say(describe(session.reward))
+    return session
 
 
 def _outcomes(

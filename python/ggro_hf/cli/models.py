@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ggro_hf import rewards
 from ggro_hf.cli.errors import CommandError, one_line
 from ggro_hf.policy import check_policy
-from ggro_hf.rewards import RewardModel
+from ggro_hf.rewards import Reward, RewardModel
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,9 +53,14 @@ def load_policy(name: str, dtype: torch.dtype | None, device: str) -> LoadedPoli
     return LoadedPolicy(model, load_tokenizer(name))
 
 
-def load_reward(name: str, dtype: torch.dtype | None, device: str) -> RewardModel:
-    """Load a reward model (`dtype=None`: the checkpoint's); raises CommandError."""
+def load_reward_model(name: str, dtype: torch.dtype | None, device: str) -> RewardModel:
+    """Load a reward model with gradients (`dtype=None`: the checkpoint's); raises CommandError."""
     return _load("reward model", name, lambda: RewardModel.from_pretrained(name, dtype=dtype, device=device))
+
+
+def load_reward(name: str, policy_tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None, device: str) -> Reward:
+    """Load any reward (`dtype=None`: the checkpoint's); raises CommandError."""
+    return _load("reward model", name, lambda: rewards.load_reward(name, policy_tokenizer, dtype=dtype, device=device))
 
 
 def _load(role: str, name: str, read: Callable[[], Loaded]) -> Loaded:

@@ -6,9 +6,19 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
+import torch
+
 from ggro_hf import demo_models
 from ggro_hf.cli.errors import CommandError, one_line
-from ggro_hf.cli.models import DTYPES, LoadedPolicy, check_device, default_device, load_policy, load_reward
+from ggro_hf.cli.models import (
+    DTYPES,
+    LoadedPolicy,
+    check_device,
+    default_device,
+    load_policy,
+    load_reward,
+    load_reward_model,
+)
 from ggro_hf.decoding import (
     ARGS,
     CARDS,
@@ -228,7 +238,7 @@ class Session:
         dtype = DTYPES[settings.dtype]
         self.policy = load_policy(settings.policy_path, dtype, settings.device)
         reward_path = str(demo_models.REWARD) if settings.reward == EMBEDDED else settings.reward
-        self.reward = load_reward(reward_path, dtype, settings.device) if reward_path else None
+        self.reward = self._load_reward(reward_path, settings, dtype) if reward_path else None
         self._max_new_tokens = settings.max_new_tokens
         try:
             self.decoder = _decoder(settings, self.policy, self.reward)
@@ -236,6 +246,11 @@ class Session:
                 self.reward.check_tokenizer(self.policy.tokenizer)
         except ValueError as error:
             raise CommandError(one_line(error)) from error
+
+    def _load_reward(self, path: str, settings: MethodSettings, dtype: torch.dtype | None) -> Reward:
+        if METHODS[settings.method].decoder is GGRO:
+            return load_reward_model(path, dtype, settings.device)
+        return load_reward(path, self.policy.tokenizer, dtype, settings.device)
 
     def respond(self, line: PromptLine) -> Generation:
         """Decode one line; its random draws depend on its number alone, whichever lines came before in this run."""

@@ -15,7 +15,7 @@ from ggro_hf.evaluation.metrics import distinct_n, diversity, mean_interval
 from ggro_hf.generation import generate_iter
 from ggro_hf.prompts import Prompt
 from ggro_hf.results import Generation
-from ggro_hf.rewards import RewardModel
+from ggro_hf.rewards import Conversation, Reward
 
 _WARM_UP_TOKENS = 4
 
@@ -37,12 +37,12 @@ def compare(
     prompts: Sequence[Prompt],
     decoders: Mapping[str, Decoder],
     *,
-    guide: RewardModel,
-    gold: RewardModel,
+    guide: Reward,
+    gold: Reward,
     max_new_tokens: int,
     progress: bool = True,
 ) -> list[MethodRun]:
-    """Run every method on every prompt and score all responses with both reward models.
+    """Run every method on every prompt and score all responses with both rewards.
 
     Methods alternate within a prompt, so that a change of the machine's speed meets all of them; a short untimed run of
     each comes first. The timings are of decoding alone: scoring with `guide` and `gold` is not in them.
@@ -57,10 +57,10 @@ def compare(
                 start = perf_counter()
                 generation = _respond(model, tokenizer, prompt, decoder, max_new_tokens, row)
                 run.seconds += perf_counter() - start
-                sequence = generation.prompt_ids + generation.token_ids
+                conversation = Conversation(generation.prompt_ids, prompt, tokenizer)
                 run.generations.append(generation)
-                run.rewards.append(guide.score(sequence))
-                run.gold_rewards.append(gold.score(sequence))
+                run.rewards.append(guide.score_response(conversation, generation.token_ids))
+                run.gold_rewards.append(gold.score_response(conversation, generation.token_ids))
                 bar.update()
     return runs
 

@@ -1,5 +1,6 @@
 """Rewards as decoders see them."""
 
+from ggro_hf.rewards.automatic import describe, load_reward
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.causal import RewardModel, RewardPrefix, SegmentScore
 from ggro_hf.rewards.encoder import EncoderReward
@@ -47,4 +48,6 @@ __all__ = [
     "TextTemplate",
     "Transformed",
     "WeightedSum",
+    "describe",
+    "load_reward",
 ]

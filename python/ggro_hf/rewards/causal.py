@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
 from ggro_hf.models import TOLERANCE, check_room, context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
+from ggro_hf.rewards.loading import load_classifier
 from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.tree import CausalTree
 from ggro_hf.transfer import to_device
@@ -64,27 +65,9 @@ class RewardModel(Reward):
         one label, or no causal backbone; OSError where files are missing, SafetensorError
         where one is damaged.
         """
-        where = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-        config = AutoConfig.from_pretrained(name, **where)
-        if config.num_labels != 1:
-            raise ValueError(
-                f"reward model {str(name)!r} has {config.num_labels} labels, but a reward is one number; "
-                "use a checkpoint trained with num_labels=1"
-            )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **where
+        return cls(
+            *load_classifier(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision)
         )
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"reward model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
-                "use a checkpoint saved with its classification head"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        except (OSError, ValueError):
-            tokenizer = None
-        return cls(model.to(device) if device is not None else model, tokenizer)
 
     @property
     def capabilities(self) -> Capabilities:

@@ -11,7 +11,7 @@ from ggro_hf.models import context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.formats import ChatTemplate, Format, Pair
-from ggro_hf.rewards.loading import load_classifier
+from ggro_hf.rewards.loading import load_classifier, require_tokenizer
 from ggro_hf.rewards.responses import PromptInputs, ResponseScoring
 
 
@@ -60,7 +60,7 @@ class EncoderReward(Reward):
         model, tokenizer = load_classifier(
             name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision
         )
-        return cls(model, tokenizer, format=format, batch_size=batch_size)
+        return cls(model, require_tokenizer(tokenizer, name), format=format, batch_size=batch_size)
 
     @property
     def capabilities(self) -> Capabilities:

@@ -266,6 +266,11 @@ class LoadedBackbone:
         return cls(model.eval().requires_grad_(False), built.eval().requires_grad_(False), tokenizer)
 
 
+def tensor_names(name: str | Path, revision: str | None = None) -> set[str]:
+    """Names of a checkpoint's tensors. Raises OSError where it has no safetensors file."""
+    return set(_tensor_files(name, revision or "main"))
+
+
 def _layers(
     tensors: Mapping[str, Tensor],
     module: str,

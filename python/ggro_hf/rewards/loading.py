@@ -14,11 +14,11 @@ def load_classifier(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one label and its tokenizer (safetensors only); `dtype=None` keeps the checkpoint's.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A sequence classifier with one label and its tokenizer, None where it has none (safetensors only).
 
-    Raises ValueError where the checkpoint has no head of its own or more than one label, or no usable tokenizer;
-    OSError where files are missing, SafetensorError where one is damaged.
+    `dtype=None` keeps the checkpoint's. Raises ValueError where the checkpoint has no head of its own or more than one
+    label; OSError where files are missing, SafetensorError where one is damaged.
     """
     where = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     config = AutoConfig.from_pretrained(name, **where)
@@ -36,5 +36,15 @@ def load_classifier(
             f"reward model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
             "use a checkpoint saved with its classification head"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError):
+        tokenizer = None
     return model.to(device) if device is not None else model, tokenizer
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, for a reward that reads text. Raises ValueError where there is none."""
+    if tokenizer is None:
+        raise ValueError(f"reward model {str(name)!r} comes without a tokenizer, but reads text; save one beside it")
+    return tokenizer

@@ -13,7 +13,7 @@ from ggro_hf.models import TOLERANCE, context_length, embedding_rows
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.formats import Format, default_format
-from ggro_hf.rewards.loading import load_classifier
+from ggro_hf.rewards.loading import load_classifier, require_tokenizer
 from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.responses import PromptInputs, Responses
 from ggro_hf.rewards.tree import CausalTree
@@ -71,7 +71,7 @@ class TextReward(Reward):
         model, tokenizer = load_classifier(
             name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision
         )
-        return cls(model, tokenizer, format=format)
+        return cls(model, require_tokenizer(tokenizer, name), format=format)
 
     @property
     def capabilities(self) -> Capabilities:
