@@ -1,16 +1,16 @@
 """Reward-guided search against straightforward implementations of it on transformers.
 
-    python -m benchmarks.guided_search [--vocabulary 32000 128256] [--embedded] [--search ARGS ...] [--threads 1 2]
-                                       [--rounds 3] [--json FILE]
+    python -m benchmarks.guided_search [--vocabulary 32000 128256] [--embedded] [--search ARGS ...] [--prompt 128]
+                                       [--threads 1 2] [--rounds 3] [--memory] [--json FILE]
 
-Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32, random; 128 prompt tokens, 64 new ones, without
-end-of-sequence. `--embedded` takes the demo's models instead. The baselines are in benchmarks/baselines; settings are
+Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32, random; 128 prompt tokens or `--prompt` of them,
+64 new ones, without end-of-sequence. `--embedded` takes the demo's models instead. The baselines are in benchmarks/baselines; settings are
 equal on both sides, those of the papers where they name any. ARGS must give the same tokens, everything else draws its
 own. Sampled searches whose work depends on what they draw decode four responses.
 
 Rounds are interleaved, figures are medians. Tokens are those that go through the models, counted by hooks in a run of
-their own; a row of a batch counts like any other. "reward KV" is the largest KV cache that the reward model was given,
-buffers included. Peak memory is the growth over the loaded models, in a process of its own for each method.
+their own, the first; a row of a batch counts like any other. "reward KV" is the largest KV cache that the reward model
+was given, unused room included. Peak memory (`--memory`) is the growth over the loaded models, on one thread.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.baselines import args, best_of_n, cards, chunk_beam_search
 from benchmarks.memory import last_number_printed_by, peak_growth
-from benchmarks.pairs import NEW_TOKENS, Pair, build_embedded_pair, build_pair, respond
+from benchmarks.pairs import NEW_TOKENS, PROMPT_TOKENS, Pair, build_embedded_pair, build_pair, respond
 from benchmarks.rounds import interleaved
 from ggro_hf import ARGS, CARDS, BestOfN, ChunkBeamSearch, Decoder, RejectionSampling
 
@@ -166,26 +166,31 @@ def _tokens(positional: Any, options: dict[str, Any]) -> int:
     return options["input_ids"].numel() if "input_ids" in options else positional[0].numel()
 
 
-def measure(search: str, pair: Pair, rounds: int) -> dict[str, dict[str, Any]]:
-    """One row a way to run the search; counted first, then timed.
+def count(runs: dict[str, Run], pair: Pair) -> dict[str, Work]:
+    """The work of every run, each of which is done once."""
+    works = {}
+    for name, run in runs.items():
+        with counted(pair) as works[name]:
+            run()
+    return works
+
+
+def time(search: str, runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
+    """Speeds of every run.
 
     Raises:
         AssertionError: two ways to run ARGS gave different tokens.
     """
-    runs = runs_of(search, pair)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():
-        with counted(pair) as work:
-            run()
-        rows[name] = asdict(work)
     measured = interleaved(runs, rounds)
     if search == "ARGS":
         assert len({tuple(decoded.token_ids) for decoded, _ in measured.values()}) == 1, "ARGS: tokens differ"
+    speeds = {}
     for name, (decoded, seconds) in measured.items():
-        rows[name]["tokens_per_second"] = len(decoded.token_ids) / seconds
+        speeds[name] = {"tokens_per_second": len(decoded.token_ids) / seconds}
         if decoded.candidates is not None:
-            rows[name] |= {"candidates": decoded.candidates, "candidates_per_second": decoded.candidates / seconds}
-    return rows
+            speeds[name]["candidates"] = decoded.candidates
+            speeds[name]["candidates_per_second"] = decoded.candidates / seconds
+    return speeds
 
 
 def format_rows(title: str, rows: dict[str, dict[str, Any]]) -> str:
@@ -210,15 +215,16 @@ def format_rows(title: str, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def build(vocabulary: int | None) -> Pair:
-    """The random pair of a vocabulary, or the embedded one."""
-    return build_embedded_pair() if vocabulary is None else build_pair(vocabulary)
+def build(vocabulary: int | None, prompt_tokens: int) -> Pair:
+    """The random pair of a vocabulary, or the embedded one, which has its own prompt."""
+    return build_embedded_pair() if vocabulary is None else build_pair(vocabulary, prompt_tokens)
 
 
-def peak_bytes(vocabulary: int | None, search: str, name: str) -> int:
+def peak_bytes(vocabulary: int | None, prompt_tokens: int, search: str, name: str) -> int:
     """Peak memory of one run over the loaded models."""
     models = ["--embedded", "--vocabulary"] if vocabulary is None else ["--vocabulary", str(vocabulary)]
-    return last_number_printed_by("benchmarks.guided_search", *models, "--search", search, "--peak-of", name)
+    run = ["--prompt", str(prompt_tokens), "--search", search, "--peak-of", name]
+    return last_number_printed_by("benchmarks.guided_search", *models, *run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,27 +234,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, nargs="*", default=[32_000, 128_256], metavar="TOKENS")
     parser.add_argument("--embedded", action="store_true", help="the demo's models as well")
     parser.add_argument("--search", nargs="+", default=SEARCHES, choices=SEARCHES)
+    parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS, metavar="TOKENS")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each way in a process of its own")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     sizes: list[int | None] = [*([None] if arguments.embedded else []), *arguments.vocabulary]
     if arguments.peak_of:
-        run = runs_of(arguments.search[0], build(sizes[0]))[arguments.peak_of]
+        torch.set_num_threads(1)
+        run = runs_of(arguments.search[0], build(sizes[0], arguments.prompt))[arguments.peak_of]
         print(peak_growth(run))
         return 0
     results = []
     for vocabulary in sizes:
-        pair = build(vocabulary)
+        pair = build(vocabulary, arguments.prompt)
         models = "embedded pair" if vocabulary is None else f"vocabulary {vocabulary}"
         for search in arguments.search:
-            peaks = {name: peak_bytes(vocabulary, search, name) for name in runs_of(search, pair)}
+            runs = runs_of(search, pair)
+            known: dict[str, dict[str, Any]] = {name: asdict(work) for name, work in count(runs, pair).items()}
+            if arguments.memory:
+                for name in runs:
+                    known[name]["peak_bytes"] = peak_bytes(vocabulary, arguments.prompt, search, name)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
-                rows = measure(search, pair, arguments.rounds)
-                for name, peak in peaks.items():
-                    rows[name]["peak_bytes"] = peak
+                speeds = time(search, runs, arguments.rounds)
+                rows = {name: known[name] | speeds[name] for name in runs}
                 print(format_rows(f"{search}, {models}, {threads} thread(s)", rows), flush=True)
                 results.append({"models": models, "search": search, "threads": threads, "runs": rows})
     if arguments.json:

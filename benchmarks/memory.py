@@ -39,7 +39,7 @@ def peak_extra_bytes(case: str, provider: str) -> int:
 def last_number_printed_by(module: str, *arguments: str) -> int:
     """What a module prints last when it runs in a process of its own, where memory can be measured."""
     command = [sys.executable, "-m", module, *arguments]
-    paths = (str(ROOT), str(ROOT / "python"))
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return int(result.stdout.split()[-1])

@@ -25,7 +25,7 @@ class Pair:
     threshold: float
 
 
-def build_pair(vocabulary: int) -> Pair:
+def build_pair(vocabulary: int, prompt_tokens: int = PROMPT_TOKENS) -> Pair:
     """Seeded random models; the head is widened until next-token entropies are those of a real model, a few nats."""
     torch.manual_seed(0)
     shape = {
@@ -45,7 +45,7 @@ def build_pair(vocabulary: int) -> Pair:
     with torch.no_grad():
         policy.lm_head.weight.mul_(8.0)
     reward = RewardModel(LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)))
-    prompt = torch.randint(3, vocabulary, (PROMPT_TOKENS,)).tolist()
+    prompt = torch.randint(3, vocabulary, (prompt_tokens,)).tolist()
     entropies = sorted(respond(Greedy(), policy, prompt).trace.entropies)
     threshold = entropies[int(0.7 * len(entropies))]
     return Pair(policy, reward, word_tokenizer(vocabulary), prompt, threshold)
