@@ -3,10 +3,10 @@
     python -m benchmarks.guided_search [--vocabulary 32000 128256] [--embedded] [--search ARGS ...] [--prompt 128]
                                        [--threads 1 2] [--rounds 3] [--memory] [--json FILE]
 
-Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32, random; 128 prompt tokens or `--prompt` of them,
-64 new ones, without end-of-sequence. `--embedded` takes the demo's models instead. The baselines are in benchmarks/baselines; settings are
-equal on both sides, those of the papers where they name any. ARGS must give the same tokens, everything else draws its
-own. Sampled searches whose work depends on what they draw decode four responses.
+Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32, random; 64 new tokens, without end-of-sequence.
+`--embedded` adds the demo's models, with their own prompt. The baselines are in benchmarks/baselines; settings are
+equal on both sides, those of the papers where they name any. ARGS must give the same tokens,
+everything else draws its own. Searches whose work depends on what they draw decode four responses.
 
 Rounds are interleaved, figures are medians. Tokens are those that go through the models, counted by hooks in a run of
 their own, the first; a row of a batch counts like any other. "reward KV" is the largest KV cache that the reward model
