@@ -16,6 +16,7 @@ from ggro_hf.decoding import (
     Sample,
 )
 from ggro_hf.generation import generate, generate_iter
+from ggro_hf.processors import EntropyGate, EntropyStoppingCriteria, RewardGuidedLogitsProcessor
 from ggro_hf.results import Candidate, Counters, DecoderOutput, Generation, Segment, Trace
 from ggro_hf.rewards import (
     Capabilities,
@@ -51,6 +52,8 @@ __all__ = [
     "DecoderOutput",
     "Dialogue",
     "EncoderReward",
+    "EntropyGate",
+    "EntropyStoppingCriteria",
     "Format",
     "FunctionReward",
     "Generation",
@@ -60,6 +63,7 @@ __all__ = [
     "Preset",
     "RejectionSampling",
     "Reward",
+    "RewardGuidedLogitsProcessor",
     "RewardModel",
     "Sample",
     "Scoring",

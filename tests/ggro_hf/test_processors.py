@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper
 
-from ggro_hf import ARGS, RewardModel
-from ggro_hf.processors import EntropyGate, EntropyStoppingCriteria, RewardGuidedLogitsProcessor
+from ggro_hf import ARGS, EntropyGate, EntropyStoppingCriteria, RewardGuidedLogitsProcessor, RewardModel
 from ggro_hf.rewards import Capabilities, Reward, Scoring
 from tests.ggro_hf.small_models import END_OF_TURN, PAD, small_policy, small_reward, small_tokenizer
 
