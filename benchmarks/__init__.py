@@ -1,1 +1,2 @@
-"""Benchmarks of the kernels (`python -m benchmarks`) and of decoding (`python -m benchmarks.decoding`)."""
+"""Benchmarks of the kernels (`python -m benchmarks`) and of decoding (`python -m benchmarks.decoding`,
+`python -m benchmarks.guided_search`)."""
