@@ -166,7 +166,7 @@ def _tokens(positional: Any, options: dict[str, Any]) -> int:
     return options["input_ids"].numel() if "input_ids" in options else positional[0].numel()
 
 
-def count(runs: dict[str, Run], pair: Pair) -> dict[str, Work]:
+def work_of(runs: dict[str, Run], pair: Pair) -> dict[str, Work]:
     """The work of every run, each of which is done once."""
     works = {}
     for name, run in runs.items():
@@ -175,7 +175,7 @@ def count(runs: dict[str, Run], pair: Pair) -> dict[str, Work]:
     return works
 
 
-def time(search: str, runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
+def speeds_of(search: str, runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
     """Speeds of every run.
 
     Raises:
@@ -253,13 +253,13 @@ def main(argv: list[str] | None = None) -> int:
         models = "embedded pair" if vocabulary is None else f"vocabulary {vocabulary}"
         for search in arguments.search:
             runs = runs_of(search, pair)
-            known: dict[str, dict[str, Any]] = {name: asdict(work) for name, work in count(runs, pair).items()}
+            known: dict[str, dict[str, Any]] = {name: asdict(work) for name, work in work_of(runs, pair).items()}
             if arguments.memory:
                 for name in runs:
                     known[name]["peak_bytes"] = peak_bytes(vocabulary, arguments.prompt, search, name)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
-                speeds = time(search, runs, arguments.rounds)
+                speeds = speeds_of(search, runs, arguments.rounds)
                 rows = {name: known[name] | speeds[name] for name in runs}
                 print(format_rows(f"{search}, {models}, {threads} thread(s)", rows), flush=True)
                 results.append({"models": models, "search": search, "threads": threads, "runs": rows})

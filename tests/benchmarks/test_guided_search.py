@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import guided_search, pairs
-from benchmarks.guided_search import SEARCHES, Decoded, count, counted, format_rows, runs_of, time
+from benchmarks.guided_search import SEARCHES, Decoded, counted, format_rows, runs_of, speeds_of, work_of
 from benchmarks.pairs import Pair, respond
 from ggro_hf import ARGS, RewardModel
 from tests.ggro_hf.small_models import small_policy, small_reward, small_tokenizer
@@ -58,7 +58,7 @@ def test_a_run_of_everything_prints_a_table_and_writes_what_it_measured(small_ru
 
 
 def test_the_work_of_args(pair):
-    works = count(runs_of("ARGS", pair), pair)
+    works = work_of(runs_of("ARGS", pair), pair)
     prompt, steps = len(PROMPT), NEW_TOKENS
     for name in ("ARGS, released, 30 copies", "ARGS, released, 5 copies"):
         assert works[name].policy_tokens == prompt + steps - 1
@@ -85,8 +85,8 @@ def test_hooks_count_what_counters_do(pair):
 def test_args_that_differ_are_an_error():
     runs = {"released": lambda: Decoded([1, 2, 3]), "ours": lambda: Decoded([1, 2, 4])}
     with pytest.raises(AssertionError, match="tokens differ"):
-        time("ARGS", runs, 1)
-    assert set(time("CBS", runs, 1)) == set(runs)
+        speeds_of("ARGS", runs, 1)
+    assert set(speeds_of("CBS", runs, 1)) == set(runs)
 
 
 def test_ratios_are_against_the_first():
