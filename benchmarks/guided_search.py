@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         print(peak_growth(run))
         return 0
     results = []
+    torch.set_num_threads(arguments.threads[0])
     for vocabulary in sizes:
         pair = build(vocabulary, arguments.prompt)
         models = "embedded pair" if vocabulary is None else f"vocabulary {vocabulary}"
