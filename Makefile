@@ -67,7 +67,8 @@ format: .venv/installed  ## rewrite the sources in the house style
 
 bench: .venv/installed  ## kernels and decoding against their baselines
 	$(BIN)/python -m benchmarks --memory
-	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.guided_search --embedded --memory
 
 readme-table: .venv/installed  ## README's table of the kernels from the committed results
 	$(BIN)/python -m benchmarks.readme

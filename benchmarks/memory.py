@@ -4,8 +4,9 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,8 +33,14 @@ def measure_peaks(ops: Iterable[str] | None = None, *, quick: bool = False) -> d
 
 def peak_extra_bytes(case: str, provider: str) -> int:
     """Growth of a fresh process during one call, its result included."""
-    command = [sys.executable, "-m", "benchmarks.memory", case, provider]
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return last_number_printed_by("benchmarks.memory", case, provider)
+
+
+def last_number_printed_by(module: str, *arguments: str) -> int:
+    """What a module prints last when it runs in a process of its own, where memory can be measured."""
+    command = [sys.executable, "-m", module, *arguments]
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return int(result.stdout.split()[-1])
 
@@ -47,8 +54,12 @@ def measure_growth(case: Case, provider_name: str) -> int:
     for _ in range(2):
         block = torch.ones(64, 64, dtype=case.dtype)
         (block @ block).softmax(-1).topk(2)
-    call = provider.bind(case.inputs())
-    # Making the inputs had a peak of its own: start counting afresh.
+    return peak_growth(provider.bind(case.inputs()))
+
+
+def peak_growth(call: Callable[[], Any]) -> int:
+    """Bytes by which this process grows at most during a call (Linux), the code that it loads left out."""
+    # Whatever came before had a peak of its own: start counting afresh.
     Path("/proc/self/clear_refs").write_text("5")
     before, code = _kib("VmRSS"), _kib("RssFile")
     result = call()

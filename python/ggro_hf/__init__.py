@@ -16,6 +16,7 @@ from ggro_hf.decoding import (
     Sample,
 )
 from ggro_hf.generation import generate, generate_iter
+from ggro_hf.processors import EntropyGate, EntropyStoppingCriteria, RewardGuidedLogitsProcessor
 from ggro_hf.results import Candidate, Counters, DecoderOutput, Generation, Segment, Trace
 from ggro_hf.rewards import (
     Capabilities,
@@ -58,6 +59,8 @@ __all__ = [
     "DecoderOutput",
     "Dialogue",
     "EncoderReward",
+    "EntropyGate",
+    "EntropyStoppingCriteria",
     "Format",
     "FunctionReward",
     "Generation",
@@ -71,6 +74,7 @@ __all__ = [
     "ProcessReward",
     "RejectionSampling",
     "Reward",
+    "RewardGuidedLogitsProcessor",
     "RewardModel",
     "Sample",
     "Scoring",
