@@ -50,11 +50,12 @@ def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     if implementation == previous:
         yield
         return
-    model.set_attn_implementation(implementation)
+    # What set_attn_implementation does once it has looked at every module.
+    model.config._attn_implementation = implementation
     try:
         yield
     finally:
-        model.set_attn_implementation(previous)
+        model.config._attn_implementation = previous
 
 
 def pack_branches(

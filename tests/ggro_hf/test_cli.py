@@ -478,7 +478,7 @@ def test_demo_writes_the_table_the_page_and_the_figures(models, capsys, tmp_path
     assert list(written) == ["prompts", "max_new_tokens", "seed", "versions", "methods"]
     assert (written["prompts"], written["max_new_tokens"], written["seed"]) == (3, 6, 4)
     rows = {row["method"]: row for row in written["methods"]}
-    assert list(rows) == ["greedy", "sample", "best-of-8", "ggro"]
+    assert list(rows) == ["greedy", "sample", "best-of-5", "rejection", "cards", "cbs", "tbs", "args", "ggro"]
     assert len({tuple(row) for row in written["methods"]}) == 1
     assert rows["ggro"]["reward_mean"] >= rows["greedy"]["reward_mean"]
     assert report.read_text(encoding="utf-8").count("<article") == 3

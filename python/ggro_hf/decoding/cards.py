@@ -19,7 +19,7 @@ class CARDS(GuidedDecoder):
 
     A candidate of reward r is accepted with probability `min(1, exp((r - threshold(n)) / temperature))`, n being the
     tokens of the response with it; `threshold(n) = min(r*, r0 + n (r* - r0) / N)`, `r0 = (1 - alpha) r(prompt) + alpha
-    r*`, r* the `reward_threshold` and N `max_new_tokens`. Candidates are drawn `parallel` at a time and the first
+    r*`, r* the `reward_threshold` and N `max_new_tokens`. Candidates are drawn up to `parallel` at a time and the first
     accepted is taken, which gives what drawing them one after another gives.
 
     Args:
@@ -31,7 +31,7 @@ class CARDS(GuidedDecoder):
         max_segment: most tokens of a segment.
         attempts: rejections after which the best candidate is taken, one more draw included.
         acceptance: "soft" as above; "hard" accepts where r >= threshold(n).
-        parallel: candidates drawn together; more waste draws behind the accepted one.
+        parallel: most candidates drawn together: 1 at first, more with every rejection.
 
     Raises ValueError for settings out of range; see `GuidedDecoder` for the other arguments.
 

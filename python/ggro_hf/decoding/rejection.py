@@ -65,8 +65,11 @@ class RejectionSearch:
         best: Draft | None = None
         best_number = 0
         attempts = self.acceptance.attempts
-        for first in range(0, attempts + 1, self.acceptance.parallel):
-            drafts, rewards = self._draw(number, first, rules)
+        # A candidate behind the accepted one is work for nothing: more are drawn together the more were rejected.
+        while len(candidates) <= attempts:
+            first = len(candidates)
+            together = min(first + 1, self.acceptance.parallel, attempts + 1 - first)
+            drafts, rewards = self._draw(number, range(first, first + together), rules)
             for place, (draft, reward) in enumerate(zip(drafts, rewards, strict=True)):
                 wanted = threshold(start + len(draft.token_ids))
                 candidates.append(self._candidate(draft, reward, wanted))
@@ -83,9 +86,8 @@ class RejectionSearch:
             self.scoring.keep([(0, 0)])
         return best, self._segment(start, candidates, best_number)
 
-    def _draw(self, number: int, first: int, rules: DraftRules) -> tuple[list[Draft], list[float]]:
+    def _draw(self, number: int, attempts: range, rules: DraftRules) -> tuple[list[Draft], list[float]]:
         seed, row = self.acceptance.seed, self.request.row
-        attempts = range(first, min(first + self.acceptance.parallel, self.acceptance.attempts + 1))
         numbers = [uniforms(seed, row, number, attempt) for attempt in attempts]
         with self.counters.phase("decode"):
             drafts = draw_drafts(self.policy, self.reader, numbers, rules, keep=True)

@@ -16,9 +16,9 @@ from ggro_hf.rewards import Reward
 class RejectionSampling(GuidedDecoder):
     """Responses drawn from the policy until one is accepted, with probability `min(1, exp((r - r*) / temperature))`.
 
-    After `attempts` rejections the best response is taken, one more draw included. They are drawn `parallel` at a time
-    and the first accepted is taken, which gives what drawing them one after another gives. `reward_threshold` is r*, in
-    the reward's own units; `temperature` is that of drawing and of accepting. The trace has one segment.
+    After `attempts` rejections the best response is taken, one more draw included. They are drawn up to `parallel` at a
+    time and the first accepted is taken, which gives what drawing them one after another gives. `reward_threshold` is
+    r*, in the reward's own units; `temperature` is that of drawing and of accepting. The trace has one segment.
 
     Raises ValueError for settings out of range; see `GuidedDecoder` for the other arguments.
 

@@ -6,7 +6,9 @@ a pass for every branch.
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -52,9 +54,6 @@ def by_mask(
 
     Raises ValueError where the model's attention takes no mask of ours.
     """
-    implementation = model.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
-        raise ValueError(f"attention {implementation!r} takes no dense mask")
     inputs = pack_branches(branches, prefix_length, device_of(model))
     masks = {
         "full_attention" if window is None else "sliding_attention": _mask(inputs, prefix_length, window, model.dtype)
@@ -62,9 +61,61 @@ def by_mask(
     }
     # Models whose layers are all alike take the mask itself, the others one for each kind.
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    return _run_masked(model, cache, inputs["input_ids"], inputs["position_ids"], mask)
+
+
+def behind_tails(
+    model: PreTrainedModel,
+    cache: RewindableCache,
+    branches: list[list[list[int]]],
+    prefix_length: int,
+    tail_lengths: list[int],
+) -> torch.Tensor:
+    """One pass over branches of several sequences: hidden states [T, d] in order.
+
+    The cache has `prefix_length` tokens of all sequences, then what each has beyond them, its tail. Raises ValueError
+    where the model's attention takes no mask of ours, or some layer has a window.
+    """
+    if cache.windows != {None}:
+        raise ValueError("a sliding window counts the tails of other sequences")
+    tokens = [
+        (token, prefix_length + tail_lengths[sequence] + index, start, sequence)
+        for start, (sequence, branch) in _starts(branches)
+        for index, token in enumerate(branch)
+    ]
+    tails = [sequence for sequence, length in enumerate(tail_lengths) for _ in range(length)]
+    device = device_of(model)
+    ids, positions, starts, owners = to_device([list(column) for column in zip(*tokens, strict=True)], device)
+    index = torch.arange(len(tokens), device=device)
+    sees_prefix = torch.ones(len(tokens), prefix_length, dtype=torch.bool, device=device)
+    sees_tail = owners[:, None] == to_device([tails], device)
+    sees_branch = (index >= starts[:, None]) & (index <= index[:, None])
+    mask = _additive(torch.cat([sees_prefix, sees_tail, sees_branch], dim=1), model.dtype)
+    return _run_masked(model, cache, ids[None], positions[None], mask)
+
+
+def _starts(branches: list[list[list[int]]]) -> Iterator[tuple[int, tuple[int, list[int]]]]:
+    """Every branch with its sequence and the number of tokens before it."""
+    start = 0
+    for sequence, own in enumerate(branches):
+        for branch in own:
+            yield start, (sequence, branch)
+            start += len(branch)
+
+
+def _run_masked(
+    model: PreTrainedModel,
+    cache: RewindableCache,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor | dict[str, torch.Tensor],
+) -> torch.Tensor:
+    implementation = model.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(f"attention {implementation!r} takes no dense mask")
     hidden: torch.Tensor = model(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
+        input_ids=input_ids,
+        position_ids=position_ids,
         attention_mask=mask,
         past_key_values=cache,
         use_cache=True,
@@ -89,42 +140,76 @@ def one_by_one(
 
 def packing_for(model: PreTrainedModel) -> Packing:
     """The best way that gives this model's branches the hidden states of separate passes; checked once a model."""
-    if model not in _chosen:
-        _chosen[model] = _choose(model)
-        _logger.info("%s scores branches by %s", type(model).__name__, _chosen[model].__name__)
-    return _chosen[model]
+    return _way_of(model).packing
 
 
-_chosen: weakref.WeakKeyDictionary[PreTrainedModel, Packing] = weakref.WeakKeyDictionary()
+def takes_tails(model: PreTrainedModel) -> bool:
+    """Whether `behind_tails` gives this model's branches the hidden states of separate passes; checked once a model."""
+    return _way_of(model).tails
 
 
-def _choose(model: PreTrainedModel) -> Packing:
+class _Way(NamedTuple):
+    packing: Packing
+    tails: bool
+
+
+_ways: weakref.WeakKeyDictionary[PreTrainedModel, _Way] = weakref.WeakKeyDictionary()
+
+
+def _way_of(model: PreTrainedModel) -> _Way:
+    if model not in _ways:
+        _ways[model] = _choose(model)
+        _logger.info("%s scores branches by %s", type(model).__name__, _ways[model].packing.__name__)
+    return _ways[model]
+
+
+def _choose(model: PreTrainedModel) -> _Way:
     if model.device.type == "meta":
-        return one_by_one
+        return _Way(one_by_one, False)
     rows = embedding_rows(model)
     prefix, *branches = [
         [(7 * token + length) % rows for token in range(length)] for length in (_CHECK_PREFIX, *_CHECK_BRANCHES)
     ]
-    expected = _checked(one_by_one, model, prefix, branches)
-    tolerance = TOLERANCE[model.dtype] * max(1.0, float(expected.abs().max()))
-    for packing in (by_prefix_attention, by_mask):
+    expected = _computed(model, prefix, lambda cache: one_by_one(model, cache, branches, _CHECK_PREFIX))
+
+    def agrees(name: str, compute: Callable[[RewindableCache], torch.Tensor]) -> bool:
+        tolerance = TOLERANCE[model.dtype] * max(1.0, float(expected.abs().max()))
         try:
-            error = float((_checked(packing, model, prefix, branches) - expected).abs().max())
+            error = float((_computed(model, prefix, compute) - expected).abs().max())
             if error <= tolerance:
-                return packing
+                return True
             reason = f"it is off by {error:.2g} (tolerance {tolerance:.2g})"
         # Whatever it is, another way can do without.
         except Exception as caught:
             reason = f"{type(caught).__name__}: {caught}".partition("\n")[0]
-        _logger.info("%s cannot score branches by %s: %s", type(model).__name__, packing.__name__, reason)
-    return one_by_one
+        _logger.info("%s cannot score branches by %s: %s", type(model).__name__, name, reason)
+        return False
+
+    def behind_copies(cache: RewindableCache) -> torch.Tensor:
+        # The prefix but for its first token, twice, as the tails of two sequences.
+        cache.write(cache.read(1, _CHECK_PREFIX))
+        tails = [_CHECK_PREFIX - 1] * 2
+        return behind_tails(model, cache, [branches[:1], branches[1:]], 1, tails)
+
+    packing = next(
+        (way for way in (by_prefix_attention, by_mask) if agrees(way.__name__, partial(_apply, way, model, branches))),
+        one_by_one,
+    )
+    return _Way(packing, agrees(behind_tails.__name__, behind_copies))
 
 
-def _checked(packing: Packing, model: PreTrainedModel, prefix: list[int], branches: list[list[int]]) -> torch.Tensor:
+def _apply(packing: Packing, model: PreTrainedModel, branches: list[list[int]], cache: RewindableCache) -> torch.Tensor:
+    return packing(model, cache, branches, _CHECK_PREFIX)
+
+
+def _computed(
+    model: PreTrainedModel, prefix: list[int], compute: Callable[[RewindableCache], torch.Tensor]
+) -> torch.Tensor:
+    """What is computed behind a cached prefix."""
     cache = RewindableCache(model.config)
     with torch.inference_mode():
         run(model, cache, prefix)
-        return packing(model, cache, branches, len(prefix)).double()
+        return compute(cache).double()
 
 
 def _mask(inputs: dict[str, torch.Tensor], prefix_length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -138,7 +223,9 @@ def _mask(inputs: dict[str, torch.Tensor], prefix_length: int, window: int | Non
     if window is not None:
         sees_prefix = prefix > positions[:, None] - window
         sees_branch &= positions > positions[:, None] - window
-    sees = torch.cat([sees_prefix, sees_branch], dim=1)
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[
-        None, None
-    ]
+    return _additive(torch.cat([sees_prefix, sees_branch], dim=1), dtype)
+
+
+def _additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]
