@@ -69,6 +69,7 @@ class CausalTree:
         self._tails = [_Sequence([], (), hidden[-1])]
         return hidden
 
+    @torch.inference_mode()
     def move_to(self, token_ids: list[int]) -> torch.Tensor:
         """Make `token_ids` the only sequence, computing what follows the longest common prefix with one of those there.
 
