@@ -45,6 +45,8 @@ class BestOfN(GuidedDecoder):
         policy = open_policy(request, counters, self.reader)
         rules = DraftRules(request.eos_ids, request.max_new_tokens)
         candidates = []
+        # Computed in another pass, the same tokens may be rewarded a rounding apart.
+        known: dict[tuple[int, ...], float] = {}
         for first in range(0, self.samples, self.parallel):
             draws = range(first, min(first + self.parallel, self.samples))
             numbers = [uniforms(self.seed, request.row, draw) for draw in draws]
@@ -54,7 +56,10 @@ class BestOfN(GuidedDecoder):
                 (rewards,) = scoring.score([[draft.token_ids for draft in drafts]])
             candidates += [
                 Candidate(
-                    tuple(draft.token_ids), tuple(draft.entropies), reward, draft.token_ids[-1] in request.eos_ids
+                    tuple(draft.token_ids),
+                    tuple(draft.entropies),
+                    known.setdefault(tuple(draft.token_ids), reward),
+                    draft.token_ids[-1] in request.eos_ids,
                 )
                 for draft, reward in zip(drafts, rewards, strict=True)
             ]

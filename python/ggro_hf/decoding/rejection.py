@@ -64,13 +64,16 @@ class RejectionSearch:
         candidates: list[Candidate] = []
         best: Draft | None = None
         best_number = 0
+        # Computed in another pass, the same tokens may be rewarded a rounding apart.
+        known: dict[tuple[int, ...], float] = {}
         attempts = self.acceptance.attempts
         # A candidate behind the accepted one is work for nothing: more are drawn together the more were rejected.
         while len(candidates) <= attempts:
             first = len(candidates)
             together = min(first + 1, self.acceptance.parallel, attempts + 1 - first)
             drafts, rewards = self._draw(number, range(first, first + together), rules)
-            for place, (draft, reward) in enumerate(zip(drafts, rewards, strict=True)):
+            for place, (draft, computed) in enumerate(zip(drafts, rewards, strict=True)):
+                reward = known.setdefault(tuple(draft.token_ids), computed)
                 wanted = threshold(start + len(draft.token_ids))
                 candidates.append(self._candidate(draft, reward, wanted))
                 if reward == reward and (best is None or reward > candidates[best_number].reward):

@@ -138,10 +138,19 @@ class _HeadScoring(Scoring):
 
     def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         hidden = self._tree.branch(continuations)
-        last = [branch[-1] for branches in hidden for branch in branches]
+        # Each once here too: equal rows of a matrix product may be rounded differently.
+        last = {
+            (sequence, tuple(continuation)): states[-1]
+            for sequence, own in enumerate(continuations)
+            for continuation, states in zip(own, hidden[sequence], strict=True)
+        }
         with torch.inference_mode():
-            rewards = iter(self._head(torch.stack(last))[:, 0].tolist() if last else [])
-        return [[next(rewards) for _ in branches] for branches in hidden]
+            values = self._head(torch.stack(list(last.values())))[:, 0].tolist() if last else []
+        rewards = dict(zip(last, values, strict=True))
+        return [
+            [rewards[sequence, tuple(continuation)] for continuation in own]
+            for sequence, own in enumerate(continuations)
+        ]
 
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
         self._tree.keep(chosen)

@@ -9,7 +9,11 @@ from transformers import PreTrainedModel
 
 from ggro_hf.cache import KeysAndValues, RewindableCache, common_prefix_length
 from ggro_hf.results import Counters
-from ggro_hf.rewards.packing import packing_for, run
+from ggro_hf.rewards.packing import behind_tails, packing_for, run, takes_tails
+
+# So few tokens of several sequences go through one pass, which computes attention to all tails and masks most of it;
+# more of them are worth a pass for each sequence.
+_MOST_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class CausalTree:
         self._counters = counters
         self._cache = RewindableCache(backbone.config, capacity)
         self._pack = packing_for(backbone)
+        self._takes_tails = takes_tails(backbone)
         self._shared: list[int] = []
         self._tails = [_Sequence([], (), torch.empty(0))]
         self._branches: list[_Branches] = []
@@ -69,6 +74,7 @@ class CausalTree:
         self._tails = [_Sequence([], (), hidden[-1])]
         return hidden
 
+    @torch.inference_mode()
     def move_to(self, token_ids: list[int]) -> torch.Tensor:
         """Make `token_ids` the only sequence, computing what follows the longest common prefix with one of those there.
 
@@ -103,17 +109,22 @@ class CausalTree:
         """
         if len(branches) != len(self._tails):
             raise ValueError(f"branches has lists for {len(branches)} sequences, but there are {len(self._tails)}")
-        self._branches, self._numbers, hidden = [], [], []
-        for tail, own in zip(self._tails, branches, strict=True):
-            different = {branch: number for number, branch in enumerate(dict.fromkeys(map(tuple, own)))}
-            self._numbers.append([different[tuple(branch)] for branch in own])
-            packed = self._pack_behind(tail, [list(branch) for branch in different])
-            self._branches.append(packed)
-            parts = packed.hidden.tensor_split(packed.ends[:-1])
-            hidden.append(
-                [parts[number] if own[i] else tail.last_hidden[None] for i, number in enumerate(self._numbers[-1])]
-            )
-        return hidden
+        different = [
+            {branch: number for number, branch in enumerate(dict.fromkeys(map(tuple, own)))} for own in branches
+        ]
+        self._numbers = [
+            [numbers[tuple(branch)] for branch in own] for numbers, own in zip(different, branches, strict=True)
+        ]
+        packed = [[list(branch) for branch in numbers] for numbers in different]
+        tokens = sum(len(branch) for own in packed for branch in own)
+        if len(self._tails) > 1 and self._takes_tails and 0 < tokens <= _MOST_TOGETHER:
+            self._branches = self._pack_together(packed, tokens)
+        else:
+            self._branches = [self._pack_behind(tail, own) for tail, own in zip(self._tails, packed, strict=True)]
+        self._counters.reward_forward_tokens += tokens
+        return [
+            self._of_each(*parts) for parts in zip(self._tails, self._branches, self._numbers, branches, strict=True)
+        ]
 
     @torch.inference_mode()
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
@@ -142,10 +153,38 @@ class CausalTree:
         ends = list(accumulate(map(len, branches)))
         tokens = ends[-1] if ends else 0
         hidden = self._pack(self._backbone, self._cache, full, length) if full else tail.last_hidden.new_empty(0)
-        self._counters.reward_forward_tokens += tokens
         # The next sequence takes their place.
         layers = self._cache.read(length, length + tokens) if len(self._tails) > 1 and full else None
         return _Branches(branches, ends, hidden, layers)
+
+    def _pack_together(self, branches: list[list[list[int]]], tokens: int) -> list[_Branches]:
+        """The branches of all sequences in one pass, for which their tails lie in the cache side by side."""
+        length = len(self._shared)
+        self._cache.rewind(length)
+        for tail in self._tails:
+            if tail.token_ids:
+                self._cache.write(tail.layers)
+        lengths = [len(tail.token_ids) for tail in self._tails]
+        hidden = behind_tails(self._backbone, self._cache, branches, length, lengths)
+        start = length + sum(lengths)
+        layers = self._cache.read(start, start + tokens)
+        packed, first = [], 0
+        for own in branches:
+            ends = list(accumulate(map(len, own)))
+            last = first + (ends[-1] if ends else 0)
+            packed.append(_Branches(own, ends, hidden[first:last], _between(layers, first, last)))
+            first = last
+        return packed
+
+    def _of_each(
+        self, tail: _Sequence, packed: _Branches, numbers: list[int], branches: Sequence[list[int]]
+    ) -> list[torch.Tensor]:
+        """The hidden states of one sequence's branches, equal and empty ones among them."""
+        parts = packed.hidden.tensor_split(packed.ends[:-1])
+        return [
+            parts[number] if branch else tail.last_hidden[None]
+            for number, branch in zip(numbers, branches, strict=True)
+        ]
 
     def _shortened(self, tail: _Sequence, common: KeysAndValues, shared: int, length: int) -> _Sequence:
         """Of the first `length` tokens of a sequence those beyond the first `shared`; `common` is what leaves these."""
@@ -155,8 +194,7 @@ class CausalTree:
         if not ids:
             return _Sequence([], (), hidden)
         layers = _joined(common, tail.layers) if common and tail.token_ids else common or tail.layers
-        kept = tuple((keys[:, :, : len(ids)], values[:, :, : len(ids)]) for keys, values in layers)
-        return _Sequence(ids, kept, hidden)
+        return _Sequence(ids, _between(layers, 0, len(ids)), hidden)
 
     def _commit(self, sequence: int, number: int) -> None:
         """The only sequence with one of its branches."""
@@ -178,7 +216,7 @@ class CausalTree:
             length = len(self._shared)
             layers = self._cache.read(length + start, length + end)
         else:
-            layers = tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in packed.layers)
+            layers = _between(packed.layers, start, end)
         if tail.token_ids:
             layers = _joined(tail.layers, layers)
         return _Sequence(tail.token_ids + token_ids, layers, packed.hidden[end - 1])
@@ -191,6 +229,10 @@ class CausalTree:
             self._cache.write(tail.layers)
             self._shared = self._shared + tail.token_ids
         self._tails = [_Sequence([], (), tail.last_hidden)]
+
+
+def _between(layers: KeysAndValues, start: int, end: int) -> KeysAndValues:
+    return tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in layers)
 
 
 def _joined(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
