@@ -55,6 +55,8 @@ def _candidate_record(candidate: Candidate) -> dict[str, Any]:
         "boundary_token": candidate.boundary_token,
         "boundary_entropy": _finite(candidate.boundary_entropy, digits=4),
         "proposals": [[token, float(f"{score:.4g}")] for token, score in scored[:_KEPT_PROPOSALS]],
+        "score": _finite(candidate.score),
+        "threshold": _finite(candidate.threshold),
     }
 
 
