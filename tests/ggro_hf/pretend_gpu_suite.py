@@ -61,7 +61,9 @@ class Forwards:
 
 
 PLACES = {"both": (DEVICE, DEVICE), "policy": (DEVICE, CPU), "reward": (CPU, DEVICE)}
-APART = [(name, place) for name in ("best-of-n", "ggro, runs of tokens") for place in ("policy", "reward")]
+APART = [
+    (name, place) for name in ("best-of-n", "args", "cards", "ggro, runs of tokens") for place in ("policy", "reward")
+]
 
 
 DRAWN_TOGETHER = ("best-of-n", "rejection-sampling", "cards", "cbs", "tbs")

@@ -181,6 +181,20 @@ def test_rewards_that_are_nan(policy, name):
         all_decoders(broken)[name](policy, torch.tensor([PROMPT]), max_new_tokens=5)
 
 
+def test_an_error_names_the_row(policy):
+    def fails(texts):
+        if any("!" in text for text in texts):
+            raise RuntimeError("no exclamation marks")
+        return [0.0] * len(texts)
+
+    tokenizer = small_tokenizer()
+    decoder = BestOfN(ggro_hf.FunctionReward(fails), samples=2)
+    with pytest.raises(RuntimeError, match=r"(?s)function.*the text 'Human: the!") as raised:
+        generate(policy, tokenizer, ["the", "the!"], decoder, max_new_tokens=3, progress=False)
+    assert raised.value.__notes__ == ["while decoding row 1"]
+    assert "no exclamation marks" in str(raised.value.__cause__)
+
+
 def test_a_policy_without_end_of_sequence_or_padding(reward):
     policy = small_policy(seed=0, vocabulary=VOCABULARY)
     policy.generation_config.eos_token_id = policy.config.eos_token_id = None

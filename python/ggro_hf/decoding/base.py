@@ -100,7 +100,17 @@ class Decoder(ABC):
         return output
 
     def respond(self, request: Request) -> Generation:
-        """Decode one response. Raises ValueError where the request cannot be served, as `__call__` does."""
+        """Decode one response. Raises ValueError where the request cannot be served, as `__call__` does.
+
+        Whatever is raised has a note that says which row it was.
+        """
+        try:
+            return self._respond(request)
+        except Exception as error:
+            error.add_note(f"while decoding row {request.row}")
+            raise
+
+    def _respond(self, request: Request) -> Generation:
         check_request(request)
         counters = Counters()
         if self.streamer is not None:
