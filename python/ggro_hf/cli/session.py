@@ -82,7 +82,7 @@ METHODS = {
     "args": _Method(ARGS, ("preset", "weight", "candidates", "mode", "temperature", "seed", "as_released")),
     "tbs": _Method(ChunkBeamSearch, _BEAMS, {"chunk_length": 1}),
     "cbs": _Method(ChunkBeamSearch, ("chunk_length", *_BEAMS)),
-    "cards": _Method(CARDS, ("entropy_threshold", "alpha", "max_segment", "acceptance", *_ACCEPTS)),
+    "cards": _Method(CARDS, ("entropy_threshold", "alpha", "max_segment", "acceptance", "as_released", *_ACCEPTS)),
 }
 
 

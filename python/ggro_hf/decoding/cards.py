@@ -1,5 +1,6 @@
 """CARDS: segments drawn from the policy until their reward is good enough."""
 
+import dataclasses
 import math
 
 from transformers.generation.streamers import BaseStreamer
@@ -32,6 +33,8 @@ class CARDS(GuidedDecoder):
         attempts: rejections after which the best candidate is taken, one more draw included.
         acceptance: "soft" as above; "hard" accepts where r >= threshold(n).
         parallel: most candidates drawn together: 1 at first, more with every rejection.
+        as_released: do not stop at end-of-sequence tokens, nor in the segment that reaches `max_new_tokens`, which the
+            response may overshoot, as in the authors' code.
 
     Raises ValueError for settings out of range; see `GuidedDecoder` for the other arguments.
 
@@ -52,6 +55,7 @@ class CARDS(GuidedDecoder):
         acceptance: str = "soft",
         parallel: int = 4,
         seed: int = 0,
+        as_released: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         streamer: BaseStreamer | None = None,
     ) -> None:
@@ -68,10 +72,13 @@ class CARDS(GuidedDecoder):
         self.entropy_threshold = entropy_threshold
         self.alpha = alpha
         self.max_segment = max_segment
+        self.as_released = as_released
         self.acceptance = Acceptance(temperature, attempts, acceptance == "hard", parallel, seed)
         self.reader = Warped(temperature, top_k)
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
+        if self.as_released:
+            request = dataclasses.replace(request, eos_ids=frozenset())
         scoring = self._open_scoring(request, counters)
         first = self._first_threshold(scoring, counters)
 
@@ -85,13 +92,13 @@ class CARDS(GuidedDecoder):
         token_ids: list[int] = []
         trace = Trace()
         while True:
-            room = min(self.max_segment, request.max_new_tokens - len(token_ids))
-            rules = DraftRules(request.eos_ids, room, self.entropy_threshold)
+            room = self.max_segment if self.as_released else request.max_new_tokens - len(token_ids)
+            rules = DraftRules(request.eos_ids, min(self.max_segment, room), self.entropy_threshold)
             draft, segment = search.next(len(trace.segments), len(token_ids), rules, threshold)
             trace.append(segment)
             token_ids += draft.token_ids
             self._stream(draft.token_ids)
-            if token_ids[-1] in request.eos_ids or len(token_ids) == request.max_new_tokens:
+            if token_ids[-1] in request.eos_ids or len(token_ids) >= request.max_new_tokens:
                 break
             with counters.phase("decode"):
                 continue_from(policy, draft)

@@ -78,7 +78,9 @@ PRESETS: dict[str, Preset] = {
     "cards-paper": Preset(
         "CARDS", _SP_PRM, {**_CARDS, "entropy_threshold": 7.0, "top_k": 30, "attempts": 10, "reward_threshold": 8.0}
     ),
-    "cards-released": Preset("CARDS", "released CARDS code", {**_CARDS, "reward_threshold": 8.5}, 128),
+    "cards-released": Preset(
+        "CARDS", "released CARDS code", {**_CARDS, "reward_threshold": 8.5, "as_released": True}, 128
+    ),
     "rs-released": Preset(
         "RejectionSampling",
         "released CARDS code, item level",
