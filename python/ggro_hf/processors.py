@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ggro_hf.decoding.guided import check_some_reward
 from ggro_hf.reading import TopK, checked_entropy
 from ggro_hf.results import Counters
 from ggro_hf.rewards import Conversation, Reward, Scoring
@@ -261,10 +262,7 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
         finite = sum(logit > -math.inf for logit in position.logits)
         row.candidates = position.tokens[:finite]
         (rewards,) = row.scoring.score([[[token] for token in row.candidates]])
-        if all(map(math.isnan, rewards)):
-            raise FloatingPointError(
-                "the reward is NaN for every candidate; check the reward model's weights and its dtype"
-            )
+        check_some_reward(rewards)
         logits = position.logits[:finite]
         guided = [logit + self.weight * reward for logit, reward in zip(logits, rewards, strict=True)]
         return row.candidates, [-math.inf if math.isnan(score) else score for score in guided]

@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.decoding.base import Request, finish_reason, open_policy
 from ggro_hf.decoding.drawing import Distribution, Warped, uniforms
-from ggro_hf.decoding.guided import GuidedDecoder, best_index, check_positive
+from ggro_hf.decoding.guided import GuidedDecoder, check_positive, check_some_reward
 from ggro_hf.policy_rows import PolicyRows
 from ggro_hf.results import Candidate, Counters, Generation, Segment, Trace
 from ggro_hf.rewards import Reward
@@ -154,8 +154,7 @@ class ChunkBeamSearch(GuidedDecoder):
                 pool += [beam] * (self.successors if self.as_released else 1)
             else:
                 pool += self._successors(request, beam, *next(scored))
-        if all(math.isnan(beam.reward) for beam in pool):
-            best_index([beam.reward for beam in pool])
+        check_some_reward([beam.reward for beam in pool])
         # Sorting is stable; NaN goes last.
         pool.sort(key=lambda beam: (math.isnan(beam.reward), -beam.reward))
         return pool[: self.width]

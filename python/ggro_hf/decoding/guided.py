@@ -1,5 +1,6 @@
 """What decoders that ask a reward share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -60,9 +61,13 @@ def check_positive(**values: int) -> None:
 
 def best_index(scores: Sequence[float]) -> int:
     """Index of the largest score, the first of equals; NaN never wins. Raises FloatingPointError if all are NaN."""
-    defined = [index for index, score in enumerate(scores) if score == score]
-    if not defined:
+    check_some_reward(scores)
+    return max((index for index, score in enumerate(scores) if score == score), key=scores.__getitem__)
+
+
+def check_some_reward(rewards: Sequence[float]) -> None:
+    """Raise FloatingPointError where all rewards are NaN."""
+    if all(map(math.isnan, rewards)):
         raise FloatingPointError(
             "the reward is NaN for every candidate; check the reward model's weights and its dtype"
         )
-    return max(defined, key=scores.__getitem__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ggro_hf.decoding.base import Request
 from ggro_hf.decoding.drafts import Draft, DraftRules, draw_drafts
 from ggro_hf.decoding.drawing import ACCEPTING, Distribution, Warped, uniforms
-from ggro_hf.decoding.guided import best_index, check_positive
+from ggro_hf.decoding.guided import check_positive, check_some_reward
 from ggro_hf.policy import Policy
 from ggro_hf.results import Candidate, Counters, Segment
 from ggro_hf.rewards import Scoring
@@ -82,7 +82,7 @@ class RejectionSearch:
                     with self.counters.phase("reward"):
                         self.scoring.keep([(0, place)])
                     return draft, self._segment(start, candidates, first + place)
-        best_index([candidate.reward for candidate in candidates])
+        check_some_reward([candidate.reward for candidate in candidates])
         assert best is not None
         with self.counters.phase("reward"):
             self.scoring.score([[best.token_ids]])
