@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ggro_kernels import entropy_topk
+from ggro_kernels import EntropyTopK, entropy_topk
 
 # `entropy_topk` selects up to this many; more candidates than that are a full sort.
 LARGEST_KERNEL_K = 256
@@ -53,15 +53,21 @@ class TopK(Reader[Position]):
     k: int
 
     def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        top = entropy_topk(logits[None], min(self.k, LARGEST_KERNEL_K))
-        values, indices = top.values[0], top.indices[0]
-        if self.k > LARGEST_KERNEL_K:
-            values, indices = (ordered[: self.k] for ordered in logits.sort(descending=True, stable=True))
-        return indices, top.logsumexp, top.entropy, values
+        top = likeliest(logits[None], self.k)
+        return top.indices[0], top.logsumexp, top.entropy, top.values[0]
 
     def on_host(self, *tensors: torch.Tensor) -> Position:
         tokens, logsumexp, entropy, values = tensors
         return Position(checked_entropy(entropy.item()), logsumexp.item(), tokens.tolist(), values.tolist())
+
+
+def likeliest(logits: torch.Tensor, k: int) -> EntropyTopK:
+    """`entropy_topk` of logits `[R, V]` for any k; all tokens in order where k is larger than V."""
+    top = entropy_topk(logits, min(k, LARGEST_KERNEL_K, logits.shape[1]))
+    if k <= LARGEST_KERNEL_K:
+        return top
+    values, indices = (ordered[:, :k] for ordered in logits.sort(descending=True, stable=True))
+    return top._replace(values=values, indices=indices)
 
 
 def checked_entropy(entropy: float) -> float:

@@ -1,5 +1,6 @@
 """Tokens drawn from the policy by numbers that depend on the seed, the row and the draw, and on nothing else."""
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,9 +9,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ggro_hf.decoding.guided import best_index
-from ggro_hf.reading import LARGEST_KERNEL_K, Reader, checked_entropy
+from ggro_hf.reading import Reader, checked_entropy, likeliest
 from ggro_hf.transfer import to_device, to_host
-from ggro_kernels import entropy_topk
 
 # A number of the generator's counter that no other purpose uses: see `uniforms`.
 DRAWING, ACCEPTING = 0, 1
@@ -72,7 +72,11 @@ class Warped(Reader[Distribution]):
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        # The warpers of transformers check their ranges, but a temperature of 0.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, but must be a finite number, at least 0")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, but must be from 0 to 1, or None for all tokens")
+        # The warpers of transformers check the others.
         self._warpers()
 
     def read(self, logits: torch.Tensor) -> Distribution:
@@ -89,14 +93,12 @@ class Warped(Reader[Distribution]):
 
     @property
     def _kept(self) -> int | None:
-        """Number of likeliest tokens that `entropy_topk` finds all candidates among; None where that is not so."""
-        if self.temperature == 0:
-            return 1
-        return self.top_k if self.top_k is not None and self.top_k <= LARGEST_KERNEL_K else None
+        """Number of likeliest tokens that all candidates are among; None for all tokens."""
+        return 1 if self.temperature == 0 else self.top_k
 
     def _statistics(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kept = self._kept
-        top = entropy_topk(logits, 1 if kept is None else min(kept, logits.shape[1]))
+        top = likeliest(logits, 1 if kept is None else kept)
         scores = logits if kept is None else top.values
         # The warpers used here look at scores only.
         no_context = cast(torch.LongTensor, torch.empty((len(logits), 0), dtype=torch.long, device=logits.device))
