@@ -178,6 +178,17 @@ def test_numbers_at_the_ends_of_their_range(name, monkeypatch):
 
 
 @EVERY_SEARCH
+def test_a_reward_model_with_fewer_tokens_than_the_policy(name):
+    """Works for the tokens that it knows, and names the first that it does not."""
+    with pytest.raises(ValueError, match=r"token \d+ is none of the 8 that the reward model has embeddings for"):
+        SEARCHES[name](reward(8)).respond(Request(policy(), [4, 5], 9, frozenset()))
+    with pytest.raises(ValueError, match="token 9 is none of the 8"):
+        SEARCHES[name](reward(8)).respond(Request(policy(), [4, 9], 1, frozenset()))
+    generation = SEARCHES[name](reward(12)).respond(Request(policy(8), [5, 4], 6, frozenset()))
+    assert_sound(generation, reward(12))
+
+
+@EVERY_SEARCH
 def test_a_prompt_of_padding_alone(name):
     """Ids are ids: without a mask nothing is padding."""
     generation = SEARCHES[name](reward()).respond(Request(policy(), [PAD, PAD], 4, frozenset()))

@@ -300,6 +300,19 @@ def test_rewards_are_those_of_the_sequence(family):
         assert generation.reward == pytest.approx(scored.score(sequence), abs=1e-9)
 
 
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_nothing_is_computed_for_a_response_that_has_ended(parallel):
+    """Of candidates that are all rejected none is computed again, unless the next segment has to go on from it."""
+    settings = {"reward_threshold": 99.0, "attempts": 3, "parallel": parallel, "temperature": 1.5, "top_k": None}
+    for decoder in (RejectionSampling(reward(), **settings), CARDS(reward(), max_segment=5, **settings)):
+        generation = respond(decoder, PROMPTS[0])
+        segments = generation.trace.segments
+        scored = sum(len(candidate.token_ids) for segment in segments for candidate in segment.candidates)
+        again = sum(len(segment.chosen.token_ids) for segment in segments[:-1])
+        assert {len(segment.candidates) for segment in segments} == {4}
+        assert generation.counters.reward_forward_tokens == len(PROMPTS[0]) + scored + again
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -57,9 +57,9 @@ class RejectionSearch:
     ) -> tuple[Draft, Segment]:
         """The accepted draft of segment `number`, which follows `start` tokens of the response.
 
-        `threshold` maps the tokens of the response, the candidate's included, to the reward wanted. The scoring goes on
-        from the draft, the policy stays where it is. Raises FloatingPointError where the rewards of all candidates are
-        NaN.
+        `threshold` maps the tokens of the response, the candidate's included, to the reward wanted. The policy stays
+        where it is; the scoring goes on from the draft, unless the response ends with it. Raises FloatingPointError
+        where the rewards of all candidates are NaN.
         """
         candidates: list[Candidate] = []
         best: Draft | None = None
@@ -84,9 +84,10 @@ class RejectionSearch:
                     return draft, self._segment(start, candidates, first + place)
         check_some_reward([candidate.reward for candidate in candidates])
         assert best is not None
-        with self.counters.phase("reward"):
-            self.scoring.score([[best.token_ids]])
-            self.scoring.keep([(0, 0)])
+        if best.token_ids[-1] not in self.request.eos_ids and start + len(best.token_ids) < self.request.max_new_tokens:
+            with self.counters.phase("reward"):
+                self.scoring.score([[best.token_ids]])
+                self.scoring.keep([(0, 0)])
         return best, self._segment(start, candidates, best_number)
 
     def _draw(self, number: int, attempts: range, rules: DraftRules) -> tuple[list[Draft], list[float]]:

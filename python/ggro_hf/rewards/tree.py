@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ggro_hf.cache import KeysAndValues, RewindableCache, common_prefix_length
+from ggro_hf.models import embedding_rows
 from ggro_hf.results import Counters
 from ggro_hf.rewards.packing import behind_tails, packing_for, run, takes_tails
 
@@ -48,6 +49,7 @@ class CausalTree:
         self._cache = RewindableCache(backbone.config, capacity)
         self._pack = packing_for(backbone)
         self._takes_tails = takes_tails(backbone)
+        self._vocabulary = embedding_rows(backbone)
         self._shared: list[int] = []
         self._tails = [_Sequence([], (), torch.empty(0))]
         self._branches: list[_Branches] = []
@@ -66,7 +68,11 @@ class CausalTree:
 
     @torch.inference_mode()
     def extend(self, token_ids: list[int]) -> torch.Tensor:
-        """Append tokens to the only sequence and return their hidden states `[T, d]`."""
+        """Append tokens to the only sequence and return their hidden states `[T, d]`.
+
+        Raises ValueError for a token that the model does not know.
+        """
+        self._check_known([token_ids])
         self._join(0)
         hidden = run(self._backbone, self._cache, token_ids)
         self._counters.reward_forward_tokens += len(token_ids)
@@ -105,10 +111,11 @@ class CausalTree:
         """Hidden states `[tokens, d]` of branches, a list for every sequence; equal ones are computed once.
 
         An empty branch has the hidden state `[1, d]` at the end of its sequence. Raises ValueError unless there is a
-        list for every sequence.
+        list for every sequence, and for a token that the model does not know.
         """
         if len(branches) != len(self._tails):
             raise ValueError(f"branches has lists for {len(branches)} sequences, but there are {len(self._tails)}")
+        self._check_known([branch for own in branches for branch in own])
         different = [
             {branch: number for number, branch in enumerate(dict.fromkeys(map(tuple, own)))} for own in branches
         ]
@@ -143,6 +150,15 @@ class CausalTree:
             if len(places) == 1:
                 self._join(0)
         self._branches, self._numbers = [], []
+
+    def _check_known(self, branches: list[list[int]]) -> None:
+        # On a GPU such a token would be the end of the process.
+        largest = max((token for branch in branches for token in branch), default=0)
+        if largest >= self._vocabulary:
+            raise ValueError(
+                f"token {largest} is none of the {self._vocabulary} that the reward model has embeddings for; use a "
+                "reward model with the policy's vocabulary, or one that reads text"
+            )
 
     def _pack_behind(self, tail: _Sequence, branches: list[list[int]]) -> _Branches:
         self._cache.rewind(len(self._shared))
