@@ -138,19 +138,12 @@ class _HeadScoring(Scoring):
 
     def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         hidden = self._tree.branch(continuations)
-        # Each once here too: equal rows of a matrix product may be rounded differently.
-        last = {
-            (sequence, tuple(continuation)): states[-1]
-            for sequence, own in enumerate(continuations)
-            for continuation, states in zip(own, hidden[sequence], strict=True)
-        }
+        # Equal continuations are the same tensor. As rows of a matrix product they could be rounded differently.
+        last = {id(states): states[-1] for branches in hidden for states in branches}
         with torch.inference_mode():
             values = self._head(torch.stack(list(last.values())))[:, 0].tolist() if last else []
         rewards = dict(zip(last, values, strict=True))
-        return [
-            [rewards[sequence, tuple(continuation)] for continuation in own]
-            for sequence, own in enumerate(continuations)
-        ]
+        return [[rewards[id(states)] for states in branches] for branches in hidden]
 
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
         self._tree.keep(chosen)

@@ -28,7 +28,7 @@ class _Sequence:
 
 @dataclass(frozen=True, slots=True)
 class _Branches:
-    """What became of one sequence's branches: each different one once, packed one after another."""
+    """What became of the branches of equal sequences: each different one once, packed one after another."""
 
     token_ids: list[list[int]]
     ends: list[int]
@@ -53,7 +53,8 @@ class CausalTree:
         self._shared: list[int] = []
         self._tails = [_Sequence([], (), torch.empty(0))]
         self._branches: list[_Branches] = []
-        self._numbers: list[list[int]] = []
+        # Of every sequence's branches: which of `_branches`, and which there.
+        self._places: list[list[tuple[int, int]]] = []
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -104,11 +105,12 @@ class CausalTree:
         ]
         self._cache.rewind(shared)
         self._shared = self._shared[:shared]
-        self._branches, self._numbers = [], []
+        self._branches, self._places = [], []
 
     @torch.inference_mode()
     def branch(self, branches: Sequence[Sequence[list[int]]]) -> list[list[torch.Tensor]]:
-        """Hidden states `[tokens, d]` of branches, a list for every sequence; equal ones are computed once.
+        """Hidden states `[tokens, d]` of branches, a list for every sequence; equal ones of equal
+        sequences are computed once, and are the same tensor.
 
         An empty branch has the hidden state `[1, d]` at the end of its sequence. Raises ValueError unless there is a
         list for every sequence, and for a token that the model does not know.
@@ -116,22 +118,35 @@ class CausalTree:
         if len(branches) != len(self._tails):
             raise ValueError(f"branches has lists for {len(branches)} sequences, but there are {len(self._tails)}")
         self._check_known([branch for own in branches for branch in own])
-        different = [
-            {branch: number for number, branch in enumerate(dict.fromkeys(map(tuple, own)))} for own in branches
+        groups: dict[tuple[int, ...], int] = {}
+        group_of = [groups.setdefault(tuple(tail.token_ids), len(groups)) for tail in self._tails]
+        different: list[dict[tuple[int, ...], int]] = [{} for _ in groups]
+        for group, own in zip(group_of, branches, strict=True):
+            for branch in map(tuple, own):
+                different[group].setdefault(branch, len(different[group]))
+        self._places = [
+            [(group, different[group][tuple(branch)]) for branch in own]
+            for group, own in zip(group_of, branches, strict=True)
         ]
-        self._numbers = [
-            [numbers[tuple(branch)] for branch in own] for numbers, own in zip(different, branches, strict=True)
-        ]
-        packed = [[list(branch) for branch in numbers] for numbers in different]
+        tails = [self._tails[group_of.index(group)] for group in range(len(groups))]
+        packed = [[list(branch) for branch in members] for members in different]
         tokens = sum(len(branch) for own in packed for branch in own)
-        if len(self._tails) > 1 and self._takes_tails and 0 < tokens <= _MOST_TOGETHER:
-            self._branches = self._pack_together(packed, tokens)
+        if len(tails) > 1 and self._takes_tails and 0 < tokens <= _MOST_TOGETHER:
+            self._branches = self._pack_together(tails, packed, tokens)
         else:
-            self._branches = [self._pack_behind(tail, own) for tail, own in zip(self._tails, packed, strict=True)]
+            self._branches = [self._pack_behind(tail, own) for tail, own in zip(tails, packed, strict=True)]
         self._counters.reward_forward_tokens += tokens
-        return [
-            self._of_each(*parts) for parts in zip(self._tails, self._branches, self._numbers, branches, strict=True)
-        ]
+        states = [packed.hidden.tensor_split(packed.ends[:-1]) for packed in self._branches]
+        hidden = []
+        for tail, own, places in zip(self._tails, branches, self._places, strict=True):
+            at_end = tail.last_hidden[None]
+            hidden.append(
+                [
+                    states[group][number] if branch else at_end
+                    for branch, (group, number) in zip(own, places, strict=True)
+                ]
+            )
+        return hidden
 
     @torch.inference_mode()
     def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
@@ -141,15 +156,16 @@ class CausalTree:
         """
         if not chosen:
             raise ValueError("chosen must name one branch or more to go on from, got none")
-        places = [(sequence, self._numbers[sequence][branch]) for sequence, branch in chosen]
+        places = [(self._tails[sequence], *self._places[sequence][branch]) for sequence, branch in chosen]
         if len(places) == 1 and len(self._tails) == 1:
-            self._commit(*places[0])
+            ((_, group, number),) = places
+            self._commit(self._branches[group], number)
         else:
-            self._tails = [self._extended(*place) for place in places]
+            self._tails = [self._extended(tail, self._branches[group], number) for tail, group, number in places]
             self._cache.rewind(len(self._shared))
             if len(places) == 1:
                 self._join(0)
-        self._branches, self._numbers = [], []
+        self._branches, self._places = [], []
 
     def _check_known(self, branches: list[list[int]]) -> None:
         # On a GPU such a token would be the end of the process.
@@ -173,14 +189,16 @@ class CausalTree:
         layers = self._cache.read(length, length + tokens) if len(self._tails) > 1 and full else None
         return _Branches(branches, ends, hidden, layers)
 
-    def _pack_together(self, branches: list[list[list[int]]], tokens: int) -> list[_Branches]:
-        """The branches of all sequences in one pass, for which their tails lie in the cache side by side."""
+    def _pack_together(
+        self, tails: list[_Sequence], branches: list[list[list[int]]], tokens: int
+    ) -> list[_Branches]:
+        """The branches of several sequences in one pass, for which their tails lie in the cache side by side."""
         length = len(self._shared)
         self._cache.rewind(length)
-        for tail in self._tails:
+        for tail in tails:
             if tail.token_ids:
                 self._cache.write(tail.layers)
-        lengths = [len(tail.token_ids) for tail in self._tails]
+        lengths = [len(tail.token_ids) for tail in tails]
         hidden = behind_tails(self._backbone, self._cache, branches, length, lengths)
         start = length + sum(lengths)
         layers = self._cache.read(start, start + tokens)
@@ -192,16 +210,6 @@ class CausalTree:
             first = last
         return packed
 
-    def _of_each(
-        self, tail: _Sequence, packed: _Branches, numbers: list[int], branches: Sequence[list[int]]
-    ) -> list[torch.Tensor]:
-        """The hidden states of one sequence's branches, equal and empty ones among them."""
-        parts = packed.hidden.tensor_split(packed.ends[:-1])
-        return [
-            parts[number] if branch else tail.last_hidden[None]
-            for number, branch in zip(numbers, branches, strict=True)
-        ]
-
     def _shortened(self, tail: _Sequence, common: KeysAndValues, shared: int, length: int) -> _Sequence:
         """Of the first `length` tokens of a sequence those beyond the first `shared`; `common` is what leaves these."""
         ids = (self._shared + tail.token_ids)[shared:length]
@@ -212,9 +220,8 @@ class CausalTree:
         layers = _joined(common, tail.layers) if common and tail.token_ids else common or tail.layers
         return _Sequence(ids, _between(layers, 0, len(ids)), hidden)
 
-    def _commit(self, sequence: int, number: int) -> None:
+    def _commit(self, packed: _Branches, number: int) -> None:
         """The only sequence with one of its branches."""
-        packed = self._branches[sequence]
         token_ids, end = packed.token_ids[number], packed.ends[number]
         length = len(self._shared)
         self._cache.keep_branch(length, length + end - len(token_ids), length + end)
@@ -222,8 +229,7 @@ class CausalTree:
             self._shared = self._shared + token_ids
             self._tails = [_Sequence([], (), packed.hidden[end - 1])]
 
-    def _extended(self, sequence: int, number: int) -> _Sequence:
-        tail, packed = self._tails[sequence], self._branches[sequence]
+    def _extended(self, tail: _Sequence, packed: _Branches, number: int) -> _Sequence:
         token_ids, end = packed.token_ids[number], packed.ends[number]
         if not token_ids:
             return tail

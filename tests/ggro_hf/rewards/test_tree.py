@@ -100,15 +100,19 @@ class Walk:
             own = [self.tokens(0 if known else 1, 5) for _ in range(self.random.integers(0, 5))]
             if own and self.random.random() < 0.4:
                 own.append(list(own[0]))
+            if branches and self.random.random() < 0.4:
+                own += [branch for branch in branches[-1] if branch]
             branches.append(own)
         if not any(branches):
             branches[0].append(self.tokens(1, 5))
         hidden = self.tree.branch(branches)
+        different: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         for sequence, own, states in zip(self.sequences, branches, hidden, strict=True):
             for branch, state in zip(own, states, strict=True):
                 expected = plain_hidden(self.model, sequence + branch)
                 assert_close(state, expected[-max(1, len(branch)) :], self.model)
-            self.counted += sum(map(len, set(map(tuple, own))))
+            different |= {(tuple(sequence), tuple(branch)) for branch in own}
+        self.counted += sum(len(branch) for _, branch in different)
         places = [(sequence, number) for sequence, own in enumerate(branches) for number in range(len(own))]
         # One survivor often enough for several sequences to become one again; repeated ones to fork.
         survivors = 1 if self.random.random() < 0.3 else self.random.integers(1, 5)
@@ -261,6 +265,22 @@ def test_a_scoring_equals_the_classifiers_forward(family):
         chosen = [(int(random.integers(len(sequences))), int(random.integers(4))) for _ in range(3)]
         scoring.keep(chosen)
         sequences = [sequences[sequence] + branches[sequence][number] for sequence, number in chosen]
+
+
+def test_equal_branches_of_equal_sequences_are_computed_once():
+    """And have rewards that are equal to the bit, so that ties are ties."""
+    counters = Counters()
+    model = RewardModel(small_reward(seed=2, vocabulary=VOCABULARY, dtype=torch.float32))
+    scoring = model.open(Conversation([5, 6, 7]), counters, 40)
+    scoring.score([[[8], [9], [8]]])
+    scoring.keep([(0, 0), (0, 1), (0, 2), (0, 0)])
+    counted = counters.reward_forward_tokens
+    assert counted == 3 + 2
+    rewards = scoring.score([[[1, 2], [], [3]], [[1, 2]], [[4], [3], [1, 2]], [[], [1, 2], [1, 2], []]])
+    assert counters.reward_forward_tokens == counted + (2 + 1 + 1) + 2
+    assert rewards[0][0] == rewards[2][2] == rewards[3][1] == rewards[3][2] != rewards[1][0]
+    assert rewards[0][1] == rewards[3][0] == rewards[3][3]
+    assert rewards[0][2] == rewards[2][1]
 
 
 def test_misuse_is_named():
