@@ -189,9 +189,7 @@ class CausalTree:
         layers = self._cache.read(length, length + tokens) if len(self._tails) > 1 and full else None
         return _Branches(branches, ends, hidden, layers)
 
-    def _pack_together(
-        self, tails: list[_Sequence], branches: list[list[list[int]]], tokens: int
-    ) -> list[_Branches]:
+    def _pack_together(self, tails: list[_Sequence], branches: list[list[list[int]]], tokens: int) -> list[_Branches]:
         """The branches of several sequences in one pass, for which their tails lie in the cache side by side."""
         length = len(self._shared)
         self._cache.rewind(length)

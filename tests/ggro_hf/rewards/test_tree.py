@@ -17,14 +17,25 @@ from ggro_hf.rewards.tree import CausalTree
 from tests.ggro_hf.small_models import FAMILIES, SLIDING_WINDOW, small_policy, small_reward
 
 VOCABULARY = 61
-WAYS: dict[str, tuple[Packing, str]] = {
-    "prefix_attention": (by_prefix_attention, "sdpa"),
-    "mask, sdpa": (by_mask, "sdpa"),
-    "mask, eager": (by_mask, "eager"),
-    "one by one": (one_by_one, "sdpa"),
+# How branches are packed, the model's own attention, and whether several sequences go through one pass where they can.
+WAYS: dict[str, tuple[Packing, str, bool]] = {
+    "prefix_attention": (by_prefix_attention, "sdpa", False),
+    "prefix_attention, sequences together": (by_prefix_attention, "sdpa", True),
+    "mask, sdpa": (by_mask, "sdpa", False),
+    "mask, eager": (by_mask, "eager", False),
+    "mask, eager, sequences together": (by_mask, "eager", True),
+    "one by one": (one_by_one, "sdpa", False),
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+
+
+def pack_by(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make trees pack that way; the attention implementation that goes with it."""
+    pack, attention, together = WAYS[way]
+    monkeypatch.setattr(tree, "packing_for", lambda model: pack)
+    monkeypatch.setattr(tree, "takes_tails", lambda model: together and packing.takes_tails(model))
+    return attention
 
 
 @cache
@@ -141,8 +152,7 @@ class Walk:
 @EVERY_FAMILY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_any_order_of_work_equals_separate_forwards(family, way, dtype, monkeypatch):
-    pack, attention = WAYS[way]
-    monkeypatch.setattr(tree, "packing_for", lambda model: pack)
+    attention = pack_by(way, monkeypatch)
     longest = most = 0
     for seed in range(2):
         walk = Walk(backbone(family, dtype, attention), np.random.default_rng(seed), capacity=40 * seed)
@@ -157,8 +167,7 @@ def test_any_order_of_work_equals_separate_forwards(family, way, dtype, monkeypa
 @EVERY_WAY
 @pytest.mark.parametrize("key_heads", [1, 4], ids=["MQA", "MHA"])
 def test_other_numbers_of_key_heads(key_heads, way, monkeypatch):
-    pack, attention = WAYS[way]
-    monkeypatch.setattr(tree, "packing_for", lambda model: pack)
+    attention = pack_by(way, monkeypatch)
     walk = Walk(backbone("llama", torch.float64, attention, num_key_value_heads=key_heads), np.random.default_rng(5))
     for _ in range(12):
         walk.step()
@@ -166,8 +175,7 @@ def test_other_numbers_of_key_heads(key_heads, way, monkeypatch):
 
 @EVERY_WAY
 def test_the_buffers_grow(way, monkeypatch):
-    pack, attention = WAYS[way]
-    monkeypatch.setattr(tree, "packing_for", lambda model: pack)
+    attention = pack_by(way, monkeypatch)
     walk = Walk(backbone("gemma3", torch.float64, attention), np.random.default_rng(1))
     walk.extend(walk.tokens(250, 250))
     # Buffers start at 256 tokens: first branches outgrow them, then what is kept.
@@ -180,10 +188,13 @@ def test_the_buffers_grow(way, monkeypatch):
 @EVERY_FAMILY
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_family_goes_through_one_pass(family, attention):
-    assert packing_for(backbone(family, torch.float32, attention)) is by_prefix_attention
+    model = backbone(family, torch.float32, attention)
+    assert packing_for(model) is by_prefix_attention
+    # A window counts the tails of other sequences.
+    assert packing.takes_tails(model) == (family == "llama")
 
 
-def test_a_pass_is_one_forward(monkeypatch):
+def test_a_pass_is_one_forward():
     model = backbone("qwen3", torch.float32)
     walk = Walk(model, np.random.default_rng(2))
     walk.extend([1, 2, 3])
