@@ -193,7 +193,7 @@ def test_cards_accepts_by_its_law(policy, parallel):
         parallel=parallel,
         seed=4,
     )
-    draws = [tuple(decoder.respond(Request(policy, PROMPT, LENGTH, NO_EOS, row)).token_ids) for row in range(1200)]
+    draws = [tuple(decoder.respond(Request(policy, PROMPT, LENGTH, NO_EOS, row)).token_ids) for row in range(900)]
     wrong = [
         accepted_law(hard=True),
         accepted_law(attempts=0),
@@ -207,7 +207,7 @@ def test_rejection_sampling_accepts_by_its_law(policy):
     decoder = RejectionSampling(
         RuleReward(value_of), reward_threshold=THRESHOLD, temperature=TEMPERATURE, top_k=None, attempts=ATTEMPTS, seed=5
     )
-    draws = [tuple(decoder.respond(Request(policy, PROMPT, LENGTH, NO_EOS, row)).token_ids) for row in range(1200)]
+    draws = [tuple(decoder.respond(Request(policy, PROMPT, LENGTH, NO_EOS, row)).token_ids) for row in range(900)]
     assert_law(draws, accepted_law(), accepted_law(hard=True), accepted_law(temperature=4.0))
 
 
