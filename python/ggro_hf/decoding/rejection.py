@@ -71,7 +71,7 @@ class RejectionSearch:
         while len(candidates) <= attempts:
             first = len(candidates)
             together = min(first + 1, self.acceptance.parallel, attempts + 1 - first)
-            drafts, rewards = self._draw(number, range(first, first + together), rules)
+            drafts, rewards = self._draw(number, range(first, first + together), start, rules)
             for place, (draft, computed) in enumerate(zip(drafts, rewards, strict=True)):
                 reward = known.setdefault(tuple(draft.token_ids), computed)
                 wanted = threshold(start + len(draft.token_ids))
@@ -90,11 +90,13 @@ class RejectionSearch:
                 self.scoring.keep([(0, 0)])
         return best, self._segment(start, candidates, best_number)
 
-    def _draw(self, number: int, attempts: range, rules: DraftRules) -> tuple[list[Draft], list[float]]:
+    def _draw(self, number: int, attempts: range, start: int, rules: DraftRules) -> tuple[list[Draft], list[float]]:
         seed, row = self.acceptance.seed, self.request.row
         numbers = [uniforms(seed, row, number, attempt) for attempt in attempts]
+        # Whole responses are not continued.
+        keep = rules.entropy_threshold < math.inf or start + rules.max_tokens < self.request.max_new_tokens
         with self.counters.phase("decode"):
-            drafts = draw_drafts(self.policy, self.reader, numbers, rules, keep=True)
+            drafts = draw_drafts(self.policy, self.reader, numbers, rules, keep=keep)
         with self.counters.phase("reward"):
             (rewards,) = self.scoring.score([[draft.token_ids for draft in drafts]])
         return drafts, rewards

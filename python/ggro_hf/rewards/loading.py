@@ -25,7 +25,7 @@ def load_classifier(
     if config.num_labels != 1:
         raise ValueError(
             f"reward model {str(name)!r} has {config.num_labels} labels, but a reward is one number; "
-            "use a checkpoint trained with num_labels=1"
+            "use a checkpoint trained with num_labels=1, or ProcessReward for one that judges steps"
         )
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **where
