@@ -1,17 +1,19 @@
-"""The reward that a checkpoint is, found out from its tensors and its tokenizer."""
+"""The reward that a checkpoint is, found out from its architecture, its tensors and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ggro_hf.models import embedding_rows
 from ggro_hf.rewards.base import Reward
 from ggro_hf.rewards.causal import RewardModel
 from ggro_hf.rewards.encoder import EncoderReward
 from ggro_hf.rewards.head_reward import HeadReward
-from ggro_hf.rewards.heads import LoadedBackbone, tensor_names
+from ggro_hf.rewards.heads import LoadedBackbone, head_tensors
+from ggro_hf.rewards.loading import load_classifier, require_tokenizer
 from ggro_hf.rewards.text import TextReward
 from ggro_hf.vocabulary import check_shared_vocabulary
 
@@ -26,22 +28,29 @@ def load_reward(
 ) -> Reward:
     """Load a reward model from a directory or a hub id (safetensors only) as what does the least work for the policy.
 
-    An encoder becomes an `EncoderReward`; a causal backbone that shares the policy's token ids a `RewardModel`, or a
-    `HeadReward` where its head is no linear `score`; with another tokenizer a `TextReward`. A model without a tokenizer
-    is taken to share the ids. `dtype=None` keeps the checkpoint's.
+    A classifier on an encoder becomes an `EncoderReward`; a causal backbone that shares the policy's token ids a
+    `RewardModel`, or a `HeadReward` where it is no classifier with a linear `score`; with another tokenizer a
+    `TextReward`. A model without a tokenizer is taken to share the ids. `dtype=None` keeps the checkpoint's.
 
     Raises what these raise: ValueError where the checkpoint has no head of its own, several outputs or an architecture
     that none of them reads, OSError where files are missing.
     """
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(f"reward model {str(name)!r}: there is no such directory; give one, or a hub id")
     where: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
-    names = tensor_names(name, revision)
-    if any(tensor.startswith("classifier.") for tensor in names):
-        return EncoderReward.from_pretrained(name, **where)
-    shares = _shares_ids(name, policy_tokenizer, revision)
-    if "score.weight" in names:
-        return RewardModel.from_pretrained(name, **where) if shares else TextReward.from_pretrained(name, **where)
+    config = AutoConfig.from_pretrained(name, revision=revision or "main")
+    classifier = any("ForSequenceClassification" in architecture for architecture in config.architectures or ())
+    heads = head_tensors(name, revision)
+    # Classifiers on encoders have heads of many names, none of them ours.
+    if classifier and (not heads or "score.weight" in heads):
+        model, tokenizer = load_classifier(name, **where)
+        if not hasattr(model, "score"):
+            return EncoderReward(model, require_tokenizer(tokenizer, name))
+        if tokenizer is None or _share_ids(policy_tokenizer, tokenizer, model):
+            return RewardModel(model, tokenizer)
+        return TextReward(model, tokenizer)
     backbone = LoadedBackbone.from_pretrained(name, **where)
-    if shares or backbone.tokenizer is None:
+    if backbone.tokenizer is None or _share_ids(policy_tokenizer, backbone.tokenizer, backbone.model):
         return HeadReward(backbone)
     return TextReward(backbone.model, backbone.tokenizer, head=backbone.head)
 
@@ -59,15 +68,9 @@ def describe(reward: Reward) -> str:
     return f"{type(reward).__name__} reads {reads}; {computes}"
 
 
-def _shares_ids(name: str | Path, policy_tokenizer: PreTrainedTokenizerBase, revision: str | None) -> bool:
-    where = {"revision": revision or "main"}
+def _share_ids(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, model: PreTrainedModel) -> bool:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError):
-        return True
-    rows = AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size
-    try:
-        check_shared_vocabulary(policy_tokenizer, tokenizer, rows)
+        check_shared_vocabulary(policy, reward, embedding_rows(model))
     except ValueError:
         return False
     return True

@@ -114,7 +114,8 @@ class RewardModel(Reward):
             return
         rows = self.embedding_table.shape[0]
         ids = [(7 * i + 1) % rows for i in range(_CHECK_PREFIX + _CHECK_SEGMENT)]
-        ids = [i if i != self.model.config.pad_token_id else (i + 1) % rows for i in ids]
+        padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        ids = [i if i != padding else (i + 1) % rows for i in ids]
         packing_for(self.model.base_model)
         prefix = RewardPrefix(self, Counters())
         prefix.extend(ids[:_CHECK_PREFIX])

@@ -266,9 +266,10 @@ class LoadedBackbone:
         return cls(model.eval().requires_grad_(False), built.eval().requires_grad_(False), tokenizer)
 
 
-def tensor_names(name: str | Path, revision: str | None = None) -> set[str]:
-    """Names of a checkpoint's tensors. Raises OSError where it has no safetensors file."""
-    return set(_tensor_files(name, revision or "main"))
+def head_tensors(name: str | Path, revision: str | None = None) -> set[str]:
+    """Names of a checkpoint's tensors that belong to a head of `HEADS`. Raises OSError where it has no safetensors."""
+    modules = [module for family in HEADS.values() for module in family.modules]
+    return {tensor for tensor in _tensor_files(name, revision or "main") if _belongs(tensor, modules)}
 
 
 def _layers(
