@@ -12,10 +12,12 @@ from typing import NamedTuple, Self, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
+
+from ggro_hf.rewards.loading import load_tokenizer
 
 Readout = Callable[[Tensor], Tensor]
 """Hidden states [n, d] to values [n], or [n, outputs] for a head with more than one."""
@@ -212,10 +214,7 @@ class LoadedBackbone:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError):
-            tokenizer = None
+        tokenizer = load_tokenizer(name, revision=revision)
         if device is not None:
             model = model.to(device)
         try:

@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.models import TOLERANCE, device_of, embedding_rows
 from ggro_hf.policy import check_policy
 from ggro_hf.rewards.heads import FeedForward
+from ggro_hf.rewards.loading import load_tokenizer
 from ggro_hf.transfer import to_device
 from ggro_kernels import candidate_scores, lm_head_entropy_topk
 
@@ -40,11 +41,7 @@ def load_language_model(
             f"model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
             "use the checkpoint of a whole language model"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError):
-        tokenizer = None
-    return model.to(device) if device is not None else model, tokenizer
+    return model.to(device) if device is not None else model, load_tokenizer(name, revision=revision or "main")
 
 
 class LanguageModel:

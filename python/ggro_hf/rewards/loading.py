@@ -1,6 +1,7 @@
 """Reward models with one label, and their tokenizers, from a directory or the hub."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -36,11 +37,17 @@ def load_classifier(
             f"reward model {str(name)!r} lacks the weights {', '.join(missing[:3])}: they would be random; "
             "use a checkpoint saved with its classification head"
         )
+    return model.to(device) if device is not None else model, load_tokenizer(name, **where)
+
+
+def load_tokenizer(name: str | Path, **where: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, None where it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError):
-        tokenizer = None
-    return model.to(device) if device is not None else model, tokenizer
+        return None
+    # Without files, many a model's tokenizer is made of its special tokens alone.
+    return tokenizer if tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) else None
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str | Path) -> PreTrainedTokenizerBase:
