@@ -21,10 +21,13 @@ from transformers import (
 )
 
 import ggro_kernels
-from ggro_hf import GGRO, BestOfN, Greedy, RewardModel, demo_models, generate
-from ggro_hf.cli import demo, main, self_check
+from ggro_hf import ARGS, GGRO, BestOfN, Greedy, RewardModel, demo_models, generate
+from ggro_hf.cli import demo, doctor, main, self_check
+from ggro_hf.cli.session import METHODS
+from ggro_hf.rewards import EncoderReward, TextReward
 from ggro_kernels import dispatch
 from ggro_kernels.library import registered_ops
+from tests.ggro_hf.rewards.text_models import save_causal, save_encoder
 from tests.ggro_hf.small_models import END_OF_TURN, small_policy, small_reward, small_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +203,62 @@ def test_a_terminal_sees_the_tokens_as_they_come(models, capsys, monkeypatch):
     monkeypatch.undo()
     _, printed, _ = run(capsys, *arguments)
     assert streamed.strip() == printed.strip() != ""
+
+
+BRIEF = {
+    "ggro": ["--entropy-threshold", 0.5, "--refinements", 2, "--candidates", 4],
+    "greedy": [],
+    "sample": [],
+    "best-of-n": ["--samples", 2],
+    "rejection-sampling": ["--reward-threshold", 0, "--attempts", 3],
+    "args": ["--candidates", 4, "--weight", 2],
+    "tbs": ["--width", 2, "--successors", 2],
+    "cbs": ["--width", 2, "--successors", 2, "--chunk-length", 3],
+    "cards": ["--reward-threshold", 0, "--attempts", 3, "--entropy-threshold", 1],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_rows_and_a_report(models, capsys, tmp_path, method):
+    prompts = write_prompts(tmp_path / "in.jsonl", {"prompt": "The sea"}, {"prompt": "And then"})
+    output, report = tmp_path / "out.jsonl", tmp_path / "out.html"
+    options = ["--input", prompts, "--output", output, "--report", report, "--max-new-tokens", 6, *BRIEF[method]]
+    code, out, _ = run(capsys, "generate", *pair(models), "--method", method, *options)
+    assert (code, out) == (0, "")
+    reward = RewardModel.from_pretrained(models["reward"])
+    rows = read_rows(output)
+    assert [row["line"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < len(row["token_ids"]) <= 6
+        assert row["settings"]["method"] == method
+        assert row["reward"] == pytest.approx(reward.score(row["prompt_ids"] + row["token_ids"]), abs=1e-4)
+    page = report.read_text(encoding="utf-8")
+    assert f"{method}: 2 responses" in page
+    assert page.count("<article") == 2
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Directories of reward models with tokenizers of their own: a causal one and an encoder."""
+    root = tmp_path_factory.mktemp("foreign")
+    save_causal(root / "causal", family="llama")
+    save_encoder(root / "encoder")
+    return {"causal": str(root / "causal"), "encoder": str(root / "encoder")}
+
+
+@pytest.mark.parametrize(("kind", "made"), [("causal", TextReward), ("encoder", EncoderReward)])
+def test_rewards_with_another_tokenizer_guide_every_method_but_ggro(models, foreign, capsys, kind, made):
+    arguments = ["generate", *pair({**models, "reward": foreign[kind]}), "--prompt", "The sea"]
+    code, out, err = run(capsys, *arguments, "--method", "args", "--candidates", 4, "--max-new-tokens", TOKENS)
+    assert code == 0
+    assert f"{made.__name__} reads text" in err
+    policy = AutoModelForCausalLM.from_pretrained(models["policy"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models["policy"])
+    decoder = ARGS(made.from_pretrained(foreign[kind]), candidates=4)
+    (expected,) = generate(policy, tokenizer, ["The sea"], decoder, max_new_tokens=TOKENS, progress=False)
+    assert out == expected.text + "\n"
+    message = {"causal": "do not share a vocabulary", "encoder": "encoder"}[kind]
+    assert_gives_up(capsys, *arguments, message=message)
 
 
 # Continuing
@@ -427,6 +486,22 @@ def test_doctor_fails_for_a_pair_that_cannot_work(models, capsys):
     assert code == 1
     assert "some checks FAILED" in out
     assert run(capsys, "doctor", "--policy", models["policy"])[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        ("causal", ["TextReward reads text; candidates of one prefix", "cached prefix: agrees with a plain forward"]),
+        ("encoder", ["EncoderReward reads text; every candidate is computed whole", "context: 512"]),
+    ],
+)
+def test_doctor_says_how_a_reward_with_another_tokenizer_scores(models, foreign, capsys, monkeypatch, kind, facts):
+    monkeypatch.setattr(doctor, "check_kernels", lambda: iter(()))
+    code, out, _ = run(capsys, "doctor", *pair({**models, "reward": foreign[kind]}))
+    assert code == 0
+    for fact in [*facts, "gradients: no: every method but ggro"]:
+        assert fact in out
+    assert ("cached prefix" in out) == (kind == "causal")
 
 
 def test_the_self_check_covers_every_op():
