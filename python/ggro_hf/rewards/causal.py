@@ -1,6 +1,5 @@
 """The fast path: a scalar head on a causal backbone that reads the policy's token ids."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -13,6 +12,7 @@ from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
 from ggro_hf.models import TOLERANCE, check_room, context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
+from ggro_hf.rewards.last_token import LastTokenScoring
 from ggro_hf.rewards.loading import load_classifier
 from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.tree import CausalTree
@@ -47,6 +47,8 @@ class RewardModel(Reward):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._checked_tokenizer: PreTrainedTokenizerBase | None = None
+        # It is found out, and checked, once a model: now rather than in the first response.
+        packing_for(self.model.base_model)
         self._check_parity()
 
     @classmethod
@@ -81,7 +83,7 @@ class RewardModel(Reward):
         check_room("reward model", self.capabilities.max_tokens, len(prompt_ids), max_new_tokens)
         tree = CausalTree(self.model.base_model, counters, capacity=len(prompt_ids) + max_new_tokens)
         tree.extend(list(prompt_ids))
-        return _HeadScoring(tree, self.model.score)
+        return LastTokenScoring(tree, lambda hidden: self.model.score(hidden)[:, 0])
 
     @property
     def device(self) -> torch.device:
@@ -109,14 +111,13 @@ class RewardModel(Reward):
         return RewardPrefix(self, Counters()).extend(list(token_ids))
 
     def _check_parity(self) -> None:
-        """Compare branches, and a cached prefix and segment, with the model's own forward, once, at load."""
+        """Compare a cached prefix and a segment with gradients with the model's own forward, once, at load."""
         if self.device.type == "meta":
             return
         rows = self.embedding_table.shape[0]
         ids = [(7 * i + 1) % rows for i in range(_CHECK_PREFIX + _CHECK_SEGMENT)]
         padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         ids = [i if i != padding else (i + 1) % rows for i in ids]
-        packing_for(self.model.base_model)
         prefix = RewardPrefix(self, Counters())
         prefix.extend(ids[:_CHECK_PREFIX])
         cached = prefix.score(ids[_CHECK_PREFIX:], gradient_tokens=1).reward
@@ -128,26 +129,6 @@ class RewardModel(Reward):
                 f"reward model {type(self.model).__name__} answers {plain:.6g} in one pass and {cached:.6g} with a "
                 f"cached prefix (tolerance {tolerance:.1g}): its backbone is not causal or its weights are not finite"
             )
-
-
-class _HeadScoring(Scoring):
-    """The policy's own ids, the turn left open: every continuation is a branch, read at its last token."""
-
-    def __init__(self, tree: CausalTree, head: torch.nn.Module) -> None:
-        self._tree = tree
-        self._head = head
-
-    def score(self, continuations: Sequence[Sequence[list[int]]]) -> list[list[float]]:
-        hidden = self._tree.branch(continuations)
-        # Equal continuations are the same tensor. As rows of a matrix product they could be rounded differently.
-        last = {id(states): states[-1] for branches in hidden for states in branches}
-        with torch.inference_mode():
-            values = self._head(torch.stack(list(last.values())))[:, 0].tolist() if last else []
-        rewards = dict(zip(last, values, strict=True))
-        return [[rewards[id(states)] for states in branches] for branches in hidden]
-
-    def keep(self, chosen: Sequence[tuple[int, int]]) -> None:
-        self._tree.keep(chosen)
 
 
 class RewardPrefix:

@@ -1,7 +1,7 @@
 """Branches of one cached prefix in as few forward passes as the model allows, each as if it were alone.
 
 Three ways, tried in this order once for every model: `prefix_attention`; the model's own attention with a dense mask;
-a pass for every branch.
+a pass for every branch, which in turn must agree with a plain forward.
 """
 
 import logging
@@ -139,7 +139,10 @@ def one_by_one(
 
 
 def packing_for(model: PreTrainedModel) -> Packing:
-    """The best way that gives this model's branches the hidden states of separate passes; checked once a model."""
+    """The best way that gives this model's branches the hidden states of separate passes; checked once a model.
+
+    Raises ValueError where a pass behind a cached prefix does not give the hidden states of a plain forward.
+    """
     return _way_of(model).packing
 
 
@@ -171,9 +174,10 @@ def _choose(model: PreTrainedModel) -> _Way:
         [(7 * token + length) % rows for token in range(length)] for length in (_CHECK_PREFIX, *_CHECK_BRANCHES)
     ]
     expected = _computed(model, prefix, lambda cache: one_by_one(model, cache, branches, _CHECK_PREFIX))
+    tolerance = TOLERANCE[model.dtype] * max(1.0, float(expected.abs().max()))
+    _check_cached(model, prefix, branches, expected, tolerance)
 
     def agrees(name: str, compute: Callable[[RewindableCache], torch.Tensor]) -> bool:
-        tolerance = TOLERANCE[model.dtype] * max(1.0, float(expected.abs().max()))
         try:
             error = float((_computed(model, prefix, compute) - expected).abs().max())
             if error <= tolerance:
@@ -196,6 +200,29 @@ def _choose(model: PreTrainedModel) -> _Way:
         one_by_one,
     )
     return _Way(packing, agrees(behind_tails.__name__, behind_copies))
+
+
+def _check_cached(
+    model: PreTrainedModel, prefix: list[int], branches: list[list[int]], cached: torch.Tensor, tolerance: float
+) -> None:
+    def plain(token_ids: list[int]) -> torch.Tensor:
+        ids = to_device([token_ids], device_of(model))
+        hidden: torch.Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[0]
+
+    with torch.inference_mode():
+        # The prefix, too: with one layer, reading both directions changes nothing behind it.
+        before = plain(prefix)
+        behind = cached.split([len(branch) for branch in branches])
+        error = max(
+            float((plain(prefix + branch) - torch.cat([before, own])).abs().nan_to_num(torch.inf).max())
+            for branch, own in zip(branches, behind, strict=True)
+        )
+    if not error <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__} has other hidden states behind a cached prefix than in one pass (off by "
+            f"{error:.2g}, tolerance {tolerance:.1g}): it is not causal or its weights are not finite"
+        )
 
 
 def _apply(packing: Packing, model: PreTrainedModel, branches: list[list[int]], cache: RewindableCache) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from ggro_hf.cache import common_prefix_length
 from ggro_hf.models import context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
@@ -19,9 +18,6 @@ from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.responses import Responses, name_of, prompt_of
 from ggro_hf.rewards.steps import STEP_FORMATS, EncodedSteps, StepFormat, answer_ids
 from ggro_hf.rewards.tree import CausalTree
-
-# A common beginning gets a pass of its own where that saves more tokens than this; fewer cost less than the pass.
-_WORTH_A_PASS = 64
 
 Reduce = Literal["last", "min", "mean", "product"]
 
@@ -142,7 +138,12 @@ class _ProcessScoring(Scoring):
         encode = cache(self._encode)
         inputs = [[encode(text) for text in own] for own in texts]
         self._check_room(inputs, texts)
-        self._go_to_common([[encoded.token_ids for encoded in own] for own in inputs])
+        gained = self._tree.go_to_common([{tuple(encoded.token_ids) for encoded in own} for own in inputs])
+        self._values = [
+            known[: len(sequence)] for known, sequence in zip(self._values, self._tree.sequences, strict=True)
+        ]
+        if gained is not None:
+            self._values = [self._values[0] + self._reward.values(gained)]
         branches = [
             [encoded.token_ids[len(known) :] for encoded in own]
             for known, own in zip(self._values, inputs, strict=True)
@@ -182,21 +183,3 @@ class _ProcessScoring(Scoring):
                         f"context has {self._limit}, at {name}; lower max_new_tokens, shorten the prompt or use a "
                         "reward model with a longer context"
                     )
-
-    def _go_to_common(self, inputs: list[list[list[int]]]) -> None:
-        """Leave of every sequence what its inputs begin with; a single one gets what else they have in common."""
-        sequences = self._tree.sequences
-        lengths = [_common_length([sequence, *own]) for sequence, own in zip(sequences, inputs, strict=True)]
-        if lengths != [len(sequence) for sequence in sequences]:
-            self._tree.rewind(lengths)
-            self._values = [known[:length] for known, length in zip(self._values, lengths, strict=True)]
-        if len(inputs) == 1 and inputs[0]:
-            common = inputs[0][0][lengths[0] : _common_length(inputs[0])]
-            different = len(set(map(tuple, inputs[0])))
-            if (different - 1) * len(common) > _WORTH_A_PASS:
-                self._values = [self._values[0] + self._reward.values(self._tree.extend(common))]
-
-
-def _common_length(sequences: list[list[int]]) -> int:
-    # What the first and the last in lexicographic order share, all share.
-    return common_prefix_length(min(sequences), max(sequences))

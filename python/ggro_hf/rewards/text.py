@@ -1,6 +1,7 @@
 """Causal reward models that read text: another tokenizer than the policy's, or a template that closes the turn."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -8,24 +9,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.cache import common_prefix_length
-from ggro_hf.models import TOLERANCE, context_length, embedding_rows
+from ggro_hf.models import context_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.formats import Format, default_format
+from ggro_hf.rewards.heads import Head, Readout
 from ggro_hf.rewards.loading import load_classifier, require_tokenizer
 from ggro_hf.rewards.packing import one_by_one, packing_for
 from ggro_hf.rewards.responses import PromptInputs, Responses
 from ggro_hf.rewards.tree import CausalTree
-
-Readout = Callable[[torch.Tensor], torch.Tensor]
-"""From hidden states [n, d] to rewards [n]."""
-
-# A common beginning gets a pass of its own where that saves more tokens than this; fewer cost less than the pass.
-_WORTH_A_PASS = 64
-
-# Tokens of the self-check at load, split into a cached prefix and a branch.
-_CHECK_PREFIX, _CHECK_BRANCH = 5, 4
 
 
 class TextReward(Reward):
@@ -34,10 +26,11 @@ class TextReward(Reward):
     Every response is written by `format`, by default the tokenizer's chat template with the turn closed, and tokenised
     as a whole, since more text can change the tokens before it. What inputs have in common with each other and with
     what is cached goes through the model once; the rest are branches. `head` reads the hidden state of the last token,
-    by default it is the model's linear `score`. The parameters are frozen (`requires_grad_(False)`).
+    by default it is the model's linear `score`; one of the registry finds what it needs of the prompt, a gate say, in
+    an empty response. The parameters are frozen (`requires_grad_(False)`).
 
     Raises ValueError where the model is no causal backbone, where without `head` it has no scalar `score`, or where its
-    branches do not agree with its plain forward.
+    branches do not agree with its plain forward; `open` does where such a head does not find what it needs.
     """
 
     def __init__(
@@ -45,7 +38,7 @@ class TextReward(Reward):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        head: Readout | None = None,
+        head: Readout | Head | None = None,
         format: Format | None = None,
     ) -> None:
         if model.config.is_encoder_decoder:
@@ -54,7 +47,10 @@ class TextReward(Reward):
         self.tokenizer = tokenizer
         self.head = head or _linear_score(model)
         self.format = format or default_format(tokenizer)
-        self._check_parity()
+        # It is found out, and checked, once a model: now rather than in the first response.
+        packing_for(self.model.base_model)
+        if not isinstance(self.head, Head):
+            _check_readout(self.head, self.model)
 
     @classmethod
     def from_pretrained(
@@ -84,28 +80,12 @@ class TextReward(Reward):
         """As `Reward.open`; a response that is too long is found when it is scored."""
         inputs = PromptInputs(self.format, self.tokenizer, conversation, self.capabilities.max_tokens)
         tree = CausalTree(self.model.base_model, counters, capacity=inputs.prompt_tokens + max_new_tokens)
-        return _TextScoring(tree, self.head, inputs, Responses(conversation))
-
-    def _check_parity(self) -> None:
-        """Compare branches with a plain forward, once, at load."""
-        if self.model.device.type == "meta":
-            return
-        backbone = self.model.base_model
-        rows = embedding_rows(backbone)
-        ids = [(7 * i + 1) % rows for i in range(_CHECK_PREFIX + _CHECK_BRANCH)]
-        tree = CausalTree(backbone, Counters())
-        tree.extend(ids[:_CHECK_PREFIX])
-        (branches,) = tree.branch([[ids[_CHECK_PREFIX:], ids[1:]]])
-        with torch.inference_mode():
-            plain = backbone(input_ids=torch.tensor([ids], device=self.model.device)).last_hidden_state[0, -1]
-            rewards = _read(self.head, [plain, branches[0][-1]])
-        tolerance = TOLERANCE[self.model.dtype] * max(1.0, abs(rewards[0]))
-        if not abs(rewards[0] - rewards[1]) <= tolerance:
-            raise ValueError(
-                f"reward model {type(self.model).__name__} answers {rewards[0]:.6g} in one pass and {rewards[1]:.6g} "
-                f"behind a cached prefix (tolerance {tolerance:.1g}): its backbone is not causal or its weights are "
-                "not finite"
-            )
+        head = self.head
+        if isinstance(head, Head):
+            ids = inputs.encode([""], [(0, 0)])["input_ids"][0]
+            with torch.inference_mode():
+                head = head.for_prompt(ids, tree.extend(ids))
+        return _TextScoring(tree, head, inputs, Responses(conversation))
 
 
 class _TextScoring(Scoring):
@@ -143,7 +123,9 @@ class _TextScoring(Scoring):
 
     def _compute(self, rows: list[list[tuple[int, ...]]]) -> dict[tuple[int, ...], tuple[int, int]]:
         """Add the rewards of new inputs to those known; return the branch of each."""
-        bases = self._go_to_bases(rows)
+        # The last token of each is left to compute: its hidden state is what is read.
+        self._tree.go_to_common([[ids[:-1] for ids in row] for row in rows])
+        bases = [len(sequence) for sequence in self._tree.sequences]
         hidden = self._tree.branch(
             # The empty branch, the last, is the sequence itself, for inputs that are known.
             [[*(list(ids[base:]) for ids in row), []] for row, base in zip(rows, bases, strict=True)]
@@ -164,28 +146,6 @@ class _TextScoring(Scoring):
         ids = dict(zip(places, map(tuple, encoded), strict=True))
         return [[ids[text] for text in row] for row in texts]
 
-    def _go_to_bases(self, rows: list[list[tuple[int, ...]]]) -> list[int]:
-        """Leave in the tree what new inputs share with its sequences; return how many tokens that is for each."""
-        sequences = self._tree.sequences
-        bases = [
-            min(_common_prefix([tuple(sequence), *row]), *(len(ids) - 1 for ids in row)) if row else len(sequence)
-            for sequence, row in zip(sequences, rows, strict=True)
-        ]
-        if bases != [len(sequence) for sequence in sequences]:
-            self._tree.rewind(bases)
-        if len(rows) == 1 and len(rows[0]) > 1:
-            (row,) = rows
-            shared = min(_common_prefix(row), *(len(ids) - 1 for ids in row))
-            if (len(row) - 1) * (shared - bases[0]) > _WORTH_A_PASS:
-                self._tree.extend(list(row[0][bases[0] : shared]))
-                bases = [shared]
-        return bases
-
-
-def _common_prefix(rows: list[tuple[int, ...]]) -> int:
-    # What the first and the last in lexicographic order share, all share.
-    return common_prefix_length(list(min(rows)), list(max(rows)))
-
 
 def _read(head: Readout, hidden: list[torch.Tensor]) -> list[float]:
     if not hidden:
@@ -197,6 +157,18 @@ def _read(head: Readout, hidden: list[torch.Tensor]) -> list[float]:
             f"head returned the shape {list(rewards.shape)} for {len(hidden)} hidden states; return one reward for each"
         )
     return rewards.double().tolist()
+
+
+def _check_readout(head: Readout, model: PreTrainedModel) -> None:
+    if model.device.type == "meta":
+        return
+    width = model.config.get_text_config().hidden_size
+    rewards = _read(head, list(torch.ones(2, width, dtype=model.dtype, device=model.device)))
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(
+            f"head of {type(model).__name__} makes {rewards[0]} of a finite hidden state: its weights are not finite; "
+            "use an undamaged checkpoint"
+        )
 
 
 def _linear_score(model: PreTrainedModel) -> Readout:

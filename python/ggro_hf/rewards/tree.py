@@ -1,6 +1,6 @@
 """Sequences with a common beginning in one model's KV cache, and branches that continue them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,6 +15,9 @@ from ggro_hf.rewards.packing import behind_tails, packing_for, run, takes_tails
 # So few tokens of several sequences go through one pass, which computes attention to all tails and masks most of it;
 # more of them are worth a pass for each sequence.
 _MOST_TOGETHER = 256
+
+# A common beginning gets a pass of its own where that saves more tokens than this; fewer cost less than the pass.
+_WORTH_A_PASS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,6 @@ class CausalTree:
         return hidden
 
     @torch.inference_mode()
-    def move_to(self, token_ids: list[int]) -> torch.Tensor:
-        """Make `token_ids` the only sequence, computing what follows the longest common prefix with one of those there.
-
-        Returns the hidden states of what was computed, at least of the last token.
-        """
-        lengths = [common_prefix_length(sequence, token_ids) for sequence in self.sequences]
-        kept = min(max(lengths), len(token_ids) - 1)
-        self._join(lengths.index(max(lengths)))
-        self._cache.rewind(kept)
-        del self._shared[kept:]
-        return self.extend(token_ids[kept:])
-
-    @torch.inference_mode()
     def rewind(self, lengths: Sequence[int]) -> None:
         """Keep of every sequence that many tokens, its first; one that has lost some has no hidden state at its end."""
         shared = min(len(self._shared), *lengths)
@@ -106,6 +96,25 @@ class CausalTree:
         self._cache.rewind(shared)
         self._shared = self._shared[:shared]
         self._branches, self._places = [], []
+
+    def go_to_common(self, inputs: Sequence[Collection[tuple[int, ...]]]) -> torch.Tensor | None:
+        """Leave of every sequence what all its inputs, token ids, begin with; one without inputs stays.
+
+        A single sequence gets what else all its inputs begin with, where that saves enough work: its hidden states
+        `[T, d]` are returned.
+        """
+        sequences = self.sequences
+        lengths = [
+            _common_length([tuple(sequence), *own]) if own else len(sequence)
+            for sequence, own in zip(sequences, inputs, strict=True)
+        ]
+        if lengths != [len(sequence) for sequence in sequences]:
+            self.rewind(lengths)
+        if len(inputs) > 1 or not inputs[0]:
+            return None
+        first, *others = inputs[0]
+        common = first[lengths[0] : _common_length([first, *others])]
+        return self.extend(list(common)) if len(others) * len(common) > _WORTH_A_PASS else None
 
     @torch.inference_mode()
     def branch(self, branches: Sequence[Sequence[list[int]]]) -> list[list[torch.Tensor]]:
@@ -249,6 +258,11 @@ class CausalTree:
             self._cache.write(tail.layers)
             self._shared = self._shared + tail.token_ids
         self._tails = [_Sequence([], (), tail.last_hidden)]
+
+
+def _common_length(sequences: list[tuple[int, ...]]) -> int:
+    # What the first and the last in lexicographic order share, all share.
+    return common_prefix_length(list(min(sequences)), list(max(sequences)))
 
 
 def _between(layers: KeysAndValues, start: int, end: int) -> KeysAndValues:

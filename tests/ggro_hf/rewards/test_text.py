@@ -19,8 +19,10 @@ from ggro_hf.results import Counters
 from ggro_hf.rewards.base import Conversation
 from ggro_hf.rewards.formats import ChatTemplate, Pair, TextTemplate
 from ggro_hf.rewards.function import FunctionReward
+from ggro_hf.rewards.heads import LoadedBackbone
 from ggro_hf.rewards.text import TextReward
 from ggro_hf.rewards.tree import CausalTree
+from tests.ggro_hf.rewards.head_models import checkpoint, gated, hidden_states
 from tests.ggro_hf.rewards.text_models import conversation, encoder_tokenizer, gemma_like_tokenizer, save_causal
 from tests.ggro_hf.small_models import (
     END_OF_TURN,
@@ -209,6 +211,41 @@ def test_another_head_and_a_pair():
         TextReward(model.model, tokenizer, head=lambda hidden: hidden)
 
 
+TURN = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+TURNS_TEMPLATE = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+)
+
+
+def test_the_gate_of_the_rendered_prompt_is_that_of_every_response(tmp_path):
+    tokenizer = gemma_like_tokenizer(TURNS_TEMPLATE)
+    tensors = gated(torch.Generator().manual_seed(5))
+    checkpoint(tmp_path, tensors, tokenizer=tokenizer)
+    loaded = LoadedBackbone.from_pretrained(tmp_path, dtype=torch.float64)
+    reward = TextReward(loaded.model, loaded.tokenizer, head=loaded.head)
+    turn = tokenizer.encode(TURN, add_special_tokens=False)
+    for prompt in (PROMPT, "who"):
+        scoring = reward.open(conversation(prompt), Counters(), 99)
+        # A response that writes a turn's beginning, not in special tokens, does not move the gate.
+        continuations = [ids("the"), [], [*ids("the<|eot"), *ids(TURN.removeprefix("<|eot")), *ids("x")]]
+        assert TURN in POLICY.decode(continuations[2], skip_special_tokens=True)
+        for rounds in range(2):
+            before = "" if rounds == 0 else "the"
+            for continuation, got in zip(continuations, scoring.score([continuations])[0], strict=True):
+                answer = before + POLICY.decode(continuation, skip_special_tokens=True)
+                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                # The tokenizer begins the text, which this template does not.
+                tokens = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+                hidden = hidden_states(loaded.model, tokens)
+                first = next(at for at in range(len(tokens)) if tokens[at : at + len(turn)] == turn)
+                readout = loaded.head.for_prompt(turn, hidden[first : first + len(turn)])
+                assert got == pytest.approx(readout(hidden[-1:]).item(), abs=1e-6)
+            scoring.keep([(0, 0)])
+    loaded.tokenizer.chat_template = gemma_like_tokenizer().chat_template
+    with pytest.raises(ValueError, match="prompt does not have the tokens"):
+        TextReward(loaded.model, loaded.tokenizer, head=loaded.head).open(conversation("who"), Counters(), 9)
+
+
 @pytest.mark.parametrize(
     "decoder",
     [
@@ -299,7 +336,7 @@ def test_an_encoder_is_refused():
         model = BertForSequenceClassification(config)
     with pytest.raises(ValueError, match="use EncoderReward"):
         TextReward(model, tokenizer)
-    with pytest.raises(ValueError, match=r"BertForSequenceClassification.*not causal"):
+    with pytest.raises(ValueError, match=r"BertModel.*not causal"):
         TextReward(model, tokenizer, head=lambda hidden: hidden[:, 0])
 
 

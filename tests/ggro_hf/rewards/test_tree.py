@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from ggro_hf import RewardModel
-from ggro_hf.cache import common_prefix_length
 from ggro_hf.results import Counters
 from ggro_hf.rewards import Conversation, packing, tree
 from ggro_hf.rewards.packing import Packing, by_mask, by_prefix_attention, one_by_one, packing_for
@@ -62,6 +62,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, model: PreTrained
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance_of(model) * scale)
 
 
+def common_prefix(sequences):
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))]
+
+
 @dataclass
 class Walk:
     """Does the same to a tree and to plain lists of token ids, and compares."""
@@ -87,15 +91,24 @@ class Walk:
         assert_close(hidden, plain_hidden(self.model, self.sequences[0])[-len(tokens) :], self.model)
         self.counted += len(tokens)
 
-    def move_to(self) -> None:
-        sequence = self.sequences[self.random.integers(len(self.sequences))]
-        ids = sequence[: self.random.integers(0, len(sequence) + 1)] + self.tokens(0, 4)
-        ids = ids or self.tokens(1, 3)
-        shared = min(max(common_prefix_length(own, ids) for own in self.sequences), len(ids) - 1)
-        hidden = self.tree.move_to(ids)
-        self.sequences, self.known = [ids], [True]
-        assert_close(hidden, plain_hidden(self.model, ids)[shared:], self.model)
-        self.counted += len(ids) - shared
+    def go_to_common(self) -> None:
+        inputs = []
+        for own in self.sequences:
+            kept = own[: self.random.integers(max(0, len(own) - 6), len(own) + 1)] + self.tokens(0, 4)
+            inputs.append([tuple(kept + self.tokens(1, 3)) for _ in range(self.random.integers(0, 4))])
+        before, self.sequences = (
+            self.sequences,
+            [common_prefix([own, *map(list, of_own)]) for own, of_own in zip(self.sequences, inputs, strict=True)],
+        )
+        self.known = [known and own == old for known, own, old in zip(self.known, self.sequences, before, strict=True)]
+        gained = self.tree.go_to_common(inputs)
+        common = common_prefix(list(map(list, inputs[0])))[len(self.sequences[0]) :]
+        if len(inputs) > 1 or (len(inputs[0]) - 1) * len(common) <= tree._WORTH_A_PASS:
+            assert gained is None
+        else:
+            self.sequences, self.known = [self.sequences[0] + common], [True]
+            assert_close(gained, plain_hidden(self.model, self.sequences[0])[-len(common) :], self.model)
+            self.counted += len(common)
 
     def rewind(self) -> None:
         lengths = [int(self.random.integers(max(0, len(own) - 6), len(own) + 1)) for own in self.sequences]
@@ -137,7 +150,7 @@ class Walk:
         if len(self.sequences) == 1 and at < 0.15:
             self.extend(self.tokens(1, 4))
         elif at < 0.25:
-            self.move_to()
+            self.go_to_common()
         elif at < 0.35 and all(self.sequences):
             self.rewind()
         else:
@@ -182,7 +195,7 @@ def test_the_buffers_grow(way, monkeypatch):
     for _ in range(6):
         walk.branch()
     assert max(map(len, walk.sequences)) > 256
-    walk.move_to()
+    walk.tree.rewind([len(own) - 1 for own in walk.sequences])
 
 
 @EVERY_FAMILY
