@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from ggro_hf.rewards import EncoderReward, HeadReward, LoadedBackbone, RewardModel, TextReward, describe, load_reward
-from tests.ggro_hf.rewards.head_models import VOCABULARY, checkpoint, rewrite_config, two_layers
+from tests.ggro_hf.rewards.head_models import VOCABULARY, checkpoint, gated, rewrite_config, two_layers
 from tests.ggro_hf.rewards.text_models import (
     conversation,
     encoder_tokenizer,
@@ -116,6 +116,16 @@ def test_a_value_head_with_the_policys_tokenizer_or_another(tmp_path):
     other = LoadedBackbone.from_pretrained(tmp_path / "other")
     by_hand = TextReward(other.model, other.tokenizer, head=other.head)
     assert_same_rewards(load_reward(tmp_path / "other", POLICY), by_hand)
+
+
+def test_a_gate_with_another_tokenizer(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    tokenizer = gemma_like_tokenizer(template + "{% endfor %}")
+    checkpoint(tmp_path, gated(torch.Generator().manual_seed(5)), tokenizer=tokenizer)
+    backbone = LoadedBackbone.from_pretrained(tmp_path)
+    assert_same_rewards(
+        load_reward(tmp_path, POLICY), TextReward(backbone.model, backbone.tokenizer, head=backbone.head)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -62,6 +62,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, model: PreTrained
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance_of(model) * scale)
 
 
+@pytest.fixture(autouse=True)
+def short_beginnings_get_a_pass(monkeypatch):
+    monkeypatch.setattr(tree, "_WORTH_A_PASS", 3)
+
+
 def common_prefix(sequences):
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))]
 
