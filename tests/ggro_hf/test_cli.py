@@ -382,6 +382,14 @@ def test_missing_and_damaged_models(models, capsys, tmp_path, role):
     assert_gives_up(capsys, *arguments(damaged), message="(?i)json")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_policy_without_a_tokenizer(models, capsys, tmp_path, family):
+    # For qwen3 transformers makes one up that has special tokens only.
+    mute = save(tmp_path / "mute", small_policy(family, seed=0, vocabulary=VOCABULARY, dtype=torch.float32))
+    arguments = ["generate", *pair({**models, "policy": mute}), "--prompt", "a"]
+    assert_gives_up(capsys, *arguments, message="policy .*mute': comes without a tokenizer")
+
+
 def test_a_reward_model_with_two_labels(models, capsys, tmp_path):
     model = small_reward(seed=1, vocabulary=VOCABULARY, dtype=torch.float32)
     model.config.num_labels = 2

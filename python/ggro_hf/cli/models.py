@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf import rewards
@@ -44,7 +44,7 @@ def check_device(name: str) -> None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a policy's tokenizer; raises CommandError."""
-    return _load("policy", name, lambda: AutoTokenizer.from_pretrained(name))
+    return _load("policy", name, lambda: _read_tokenizer(name))
 
 
 def load_policy(name: str, dtype: torch.dtype | None, device: str) -> LoadedPolicy:
@@ -97,6 +97,13 @@ def _read_policy(name: str, dtype: torch.dtype | None, device: str) -> PreTraine
     model = model.eval().to(device)
     _check_causal(model)
     return model
+
+
+def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = rewards.loading.load_tokenizer(name)
+    if tokenizer is None:
+        raise ValueError("comes without a tokenizer; save one beside it")
+    return tokenizer
 
 
 def _check_causal(model: PreTrainedModel) -> None:

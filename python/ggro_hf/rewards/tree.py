@@ -64,12 +64,6 @@ class CausalTree:
         """Token ids of every sequence."""
         return [self._shared + tail.token_ids for tail in self._tails]
 
-    @property
-    def last_hidden(self) -> torch.Tensor:
-        """Hidden state `[d]` at the end of the only sequence."""
-        (tail,) = self._tails
-        return tail.last_hidden
-
     @torch.inference_mode()
     def extend(self, token_ids: list[int]) -> torch.Tensor:
         """Append tokens to the only sequence and return their hidden states `[T, d]`.

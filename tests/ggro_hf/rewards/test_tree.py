@@ -163,7 +163,7 @@ class Walk:
         assert self.tree.sequences == self.sequences
         assert self.counters.reward_forward_tokens == self.counted
         if len(self.sequences) == 1 and self.known[0]:
-            assert_close(self.tree.last_hidden, plain_hidden(self.model, self.sequences[0])[-1], self.model)
+            assert_close(self.tree.branch([[[]]])[0][0][0], plain_hidden(self.model, self.sequences[0])[-1], self.model)
 
 
 @EVERY_WAY
