@@ -290,6 +290,8 @@ class ForkedLayer(DynamicLayer):
     def select(self, rows: torch.Tensor) -> None:
         """Make `rows` the rows; a row may be repeated."""
         room = self.keys.shape[-2]
+        # Layers of one model may be on several devices.
+        rows = rows.to(self.device)
         self.keys, self.values = (self._selected(buffer, rows, room) for buffer in (self.keys, self.values))
 
     def _selected(self, buffer: torch.Tensor, rows: torch.Tensor, room: int) -> torch.Tensor:
