@@ -1,5 +1,6 @@
 """Small facts about a model that several parts need."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,3 +36,19 @@ def check_room(role: str, context: int | None, prompt_tokens: int, max_new_token
             f"prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {wanted} "
             f"positions, but the {role}'s context has {context}; shorten the prompt or lower max_new_tokens"
         )
+
+
+def disagreement(
+    name: str, compute: Callable[[], torch.Tensor], expected: torch.Tensor, dtype: torch.dtype
+) -> str | None:
+    """Why another way to compute what `name` says does not give about the `expected` values; None where it does.
+
+    Whatever it raises is such a reason.
+    """
+    tolerance = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    try:
+        error = float((compute().double() - expected.double()).abs().max())
+    # Whoever asks can do without.
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}".partition("\n")[0]
+    return None if error <= tolerance else f"its {name} are off by {error:.2g} (tolerance {tolerance:.2g})"

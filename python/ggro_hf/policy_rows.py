@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from ggro_hf.attention import PREFIX_ATTENTION, attending
 from ggro_hf.cache import ForkedCache, KeysAndValues, RewindableCache
 from ggro_hf.decode_step import forward
-from ggro_hf.models import TOLERANCE, device_of, embedding_rows
+from ggro_hf.models import device_of, disagreement, embedding_rows
 from ggro_hf.results import Counters
 from ggro_hf.transfer import to_device
 
@@ -88,23 +89,21 @@ def _shares_prefix(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _try_sharing(model: PreTrainedModel) -> bool:
-    rows = embedding_rows(model)
-    prefix = [(7 * token + 1) % rows for token in range(5)]
-    results = []
-    try:
-        for shares in (False, True):
-            cache = RewindableCache(model.config)
-            forward(model, cache, prefix)
-            fork = cache.fork(2)
-            for step in range(2):
-                results.append(_forward(model, fork, [step, (step + 9) % rows], len(prefix) + step, shares=shares))
-        first, second = torch.cat(results[:2]).double(), torch.cat(results[2:]).double()
-        error = float((first - second).abs().max())
-        tolerance = TOLERANCE[model.dtype] * max(1.0, float(first.abs().max()))
-        reason = None if error <= tolerance else f"its logits are off by {error:.2g}"
-    # Whatever it is, copies of the prefix can do without.
-    except Exception as caught:
-        reason = f"{type(caught).__name__}: {caught}".partition("\n")[0]
+    vocabulary = embedding_rows(model)
+    prefix = [(7 * token + 1) % vocabulary for token in range(5)]
+
+    def two_steps(*, shares: bool) -> torch.Tensor:
+        cache = RewindableCache(model.config)
+        forward(model, cache, prefix)
+        fork = cache.fork(2)
+        return torch.cat(
+            [
+                _forward(model, fork, [step, (step + 9) % vocabulary], len(prefix) + step, shares=shares)
+                for step in range(2)
+            ]
+        )
+
+    reason = disagreement("logits", partial(two_steps, shares=True), two_steps(shares=False), model.dtype)
     if reason is not None:
         _logger.warning("%s decodes rows with a copy of the prefix for each: %s", type(model).__name__, reason)
     return reason is None

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.guided import check_some_reward
+from ggro_hf.decoding.guided import check_positive, check_reward, check_some_reward, check_weight
 from ggro_hf.reading import TopK, checked_entropy
 from ggro_hf.results import Counters
 from ggro_hf.rewards import Conversation, Reward, Scoring
@@ -101,8 +101,7 @@ class EntropyStoppingCriteria(StoppingCriteria):
     """
 
     def __init__(self, gate: EntropyGate, *, min_new_tokens: int = 1) -> None:
-        if min_new_tokens < 1:
-            raise ValueError(f"min_new_tokens is {min_new_tokens}, but must be at least 1")
+        check_positive(min_new_tokens=min_new_tokens)
         self.gate = gate
         self.min_new_tokens = min_new_tokens
         self._stopped: Tensor | None = None
@@ -178,13 +177,9 @@ class RewardGuidedLogitsProcessor(LogitsProcessor):
         pad_token_id: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if not isinstance(reward, Reward):
-            raise TypeError(f"reward is a {type(reward).__name__}, but must be a ggro_hf.Reward, a RewardModel say")
-        if not math.isfinite(weight):
-            raise ValueError(f"weight is {weight}, but must be a finite number")
-        for name, value in (("candidates", candidates), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        check_reward(reward)
+        check_weight(weight)
+        check_positive(candidates=candidates, max_new_tokens=max_new_tokens)
         if tokenizer is not None:
             reward.check_tokenizer(tokenizer)
         self.reward = reward

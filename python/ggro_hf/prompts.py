@@ -28,8 +28,22 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         if not isinstance(prompt, str):
             raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass a string")
         return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+    return apply_template(tokenizer, as_messages(prompt), add_generation_prompt=True)
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The messages of a prompt; text is one of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    """Token ids of messages through the tokenizer's chat template, the assistant's turn opened or not."""
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=TEMPLATE_DATE
+    )
+    return list(encoded["input_ids"])
 
 
 def released_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, prefill_attack: bool = False) -> list[int]:
@@ -38,9 +52,9 @@ def released_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, prefi
     sentence.
     """
     messages = _parse_turns(prompt) if isinstance(prompt, str) else prompt
-    ids = _apply_template(tokenizer, messages, add_generation_prompt=False)
+    ids = apply_template(tokenizer, messages, add_generation_prompt=False)
     if prefill_attack:
-        opened = _apply_template(tokenizer, messages, add_generation_prompt=True)
+        opened = apply_template(tokenizer, messages, add_generation_prompt=True)
         ids = opened + list(tokenizer(PREFILL, add_special_tokens=False)["input_ids"])
     return ids
 
@@ -53,15 +67,6 @@ def released_response(text: str) -> str:
     if _ASSISTANT_HEADER not in text:
         return text.strip()
     return text.rpartition(_ASSISTANT_HEADER)[2].partition(END_OF_TURN)[0].strip()
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
-) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=TEMPLATE_DATE
-    )
-    return list(encoded["input_ids"])
 
 
 def _parse_turns(text: str) -> list[Message]:

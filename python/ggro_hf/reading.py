@@ -9,7 +9,7 @@ import torch
 from ggro_kernels import EntropyTopK, entropy_topk
 
 # `entropy_topk` selects up to this many; more candidates than that are a full sort.
-LARGEST_KERNEL_K = 256
+_LARGEST_KERNEL_K = 256
 
 T = TypeVar("T")
 
@@ -63,8 +63,8 @@ class TopK(Reader[Position]):
 
 def likeliest(logits: torch.Tensor, k: int) -> EntropyTopK:
     """`entropy_topk` of logits `[R, V]` for any k; all tokens in order where k is larger than V."""
-    top = entropy_topk(logits, min(k, LARGEST_KERNEL_K, logits.shape[1]))
-    if k <= LARGEST_KERNEL_K:
+    top = entropy_topk(logits, min(k, _LARGEST_KERNEL_K, logits.shape[1]))
+    if k <= _LARGEST_KERNEL_K:
         return top
     values, indices = (ordered[:, :k] for ordered in logits.sort(descending=True, stable=True))
     return top._replace(values=values, indices=indices)

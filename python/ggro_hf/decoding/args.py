@@ -1,13 +1,13 @@
 """ARGS: at every token, the policy's logit plus a weighted reward."""
 
-import math
+import dataclasses
 
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.decoding.base import Request, check_candidates, finish_reason, open_policy
 from ggro_hf.decoding.drawing import draw_by_score, uniforms
-from ggro_hf.decoding.guided import GuidedDecoder, best_index, check_positive
+from ggro_hf.decoding.guided import GuidedDecoder, best_index, check_positive, check_temperature, check_weight
 from ggro_hf.reading import TopK
 from ggro_hf.results import Candidate, Counters, Generation, Segment, Trace
 from ggro_hf.rewards import Reward
@@ -47,12 +47,10 @@ class ARGS(GuidedDecoder):
     ) -> None:
         super().__init__(reward, tokenizer=tokenizer, streamer=streamer)
         check_positive(candidates=candidates)
-        if not math.isfinite(weight):
-            raise ValueError(f"weight is {weight}, but must be a finite number")
+        check_weight(weight)
         if mode not in ("greedy", "sample"):
             raise ValueError(f"mode is {mode!r}, but must be 'greedy' or 'sample'")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}, but must be a positive number")
+        check_temperature(temperature)
         self.weight = weight
         self.candidates = candidates
         self.mode = mode
@@ -62,7 +60,8 @@ class ARGS(GuidedDecoder):
 
     def _decode(self, request: Request, counters: Counters) -> Generation:
         check_candidates(request.model, self.candidates)
-        eos_ids = frozenset[int]() if self.as_released else request.eos_ids
+        if self.as_released:
+            request = dataclasses.replace(request, eos_ids=frozenset())
         scoring = self._open_scoring(request, counters)
         policy = open_policy(request, counters, TopK(self.candidates))
         numbers = uniforms(self.seed, request.row)
@@ -78,18 +77,18 @@ class ARGS(GuidedDecoder):
             else:
                 chosen = draw_by_score(scores, self.temperature, numbers.random())
             candidates = tuple(
-                Candidate((token,), (position.entropy,), reward, token in eos_ids, score=score)
+                Candidate((token,), (position.entropy,), reward, token in request.eos_ids, score=score)
                 for token, reward, score in zip(position.tokens, rewards, scores, strict=True)
             )
             trace.append(Segment(len(request.prompt_ids) + len(token_ids), 0, candidates, chosen))
             token = position.tokens[chosen]
             token_ids.append(token)
             self._stream([token])
-            if token in eos_ids or len(token_ids) == request.max_new_tokens:
+            if token in request.eos_ids or len(token_ids) == request.max_new_tokens:
                 break
             with counters.phase("reward"):
                 scoring.keep([(0, chosen)])
             with counters.phase("decode"):
                 policy.extend([token])
-        reason = "length" if self.as_released else finish_reason(token_ids, request)
+        reason = finish_reason(token_ids, request)
         return Generation(request.prompt_ids, token_ids, reason, rewards[chosen], trace, counters)

@@ -10,7 +10,7 @@ from ggro_hf.decoding.base import Request, finish_reason, open_policy
 from ggro_hf.decoding.drafts import DraftRules, continue_from
 from ggro_hf.decoding.drawing import Warped
 from ggro_hf.decoding.guided import GuidedDecoder, check_positive
-from ggro_hf.decoding.rejection import Acceptance, RejectionSearch
+from ggro_hf.decoding.rejection import Acceptance, RejectionSearch, check_reward_threshold
 from ggro_hf.results import Counters, Generation, Trace
 from ggro_hf.rewards import Reward, Scoring
 
@@ -113,9 +113,3 @@ class CARDS(GuidedDecoder):
         if math.isnan(of_prompt):
             raise FloatingPointError("the reward of the prompt is NaN; check the reward model's weights and its dtype")
         return (1 - self.alpha) * of_prompt + self.alpha * self.reward_threshold
-
-
-def check_reward_threshold(value: float) -> None:
-    """Raise ValueError for a threshold that is no number or that nothing could reach."""
-    if math.isnan(value) or value == math.inf:
-        raise ValueError(f"reward_threshold is {value}, but must be a number below infinity, in the reward's units")

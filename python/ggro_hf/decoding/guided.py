@@ -28,11 +28,7 @@ class GuidedDecoder(Decoder):
         streamer: BaseStreamer | None = None,
     ) -> None:
         super().__init__(streamer=streamer)
-        if not isinstance(reward, Reward):
-            raise TypeError(
-                f"reward is a {type(reward).__name__}, but must be a ggro_hf.Reward: wrap a model in RewardModel, a "
-                "function of texts in FunctionReward"
-            )
+        check_reward(reward)
         self.reward = reward
         self.tokenizer = tokenizer
         if tokenizer is not None:
@@ -50,6 +46,27 @@ class GuidedDecoder(Decoder):
         conversation = Conversation(request.prompt_ids, request.prompt, request.tokenizer or self.tokenizer)
         with counters.phase("reward"):
             return self.reward.open(conversation, counters, request.max_new_tokens)
+
+
+def check_reward(reward: object) -> None:
+    """Raise TypeError for what is no reward."""
+    if not isinstance(reward, Reward):
+        raise TypeError(
+            f"reward is a {type(reward).__name__}, but must be a ggro_hf.Reward: wrap a model in RewardModel, a "
+            "function of texts in FunctionReward"
+        )
+
+
+def check_weight(weight: float) -> None:
+    """Raise ValueError for a weight that is not finite."""
+    if not math.isfinite(weight):
+        raise ValueError(f"weight is {weight}, but must be a finite number")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for a temperature that nothing can be divided by."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but must be a positive number")
 
 
 def check_positive(**values: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ggro_hf.decoding.base import Request
 from ggro_hf.decoding.drafts import Draft, DraftRules, draw_drafts
 from ggro_hf.decoding.drawing import ACCEPTING, Distribution, Warped, uniforms
-from ggro_hf.decoding.guided import check_positive, check_some_reward
+from ggro_hf.decoding.guided import check_positive, check_some_reward, check_temperature
 from ggro_hf.policy import Policy
 from ggro_hf.results import Candidate, Counters, Segment
 from ggro_hf.rewards import Scoring
@@ -31,8 +31,7 @@ class Acceptance:
         check_positive(parallel=self.parallel)
         if self.attempts < 0:
             raise ValueError(f"attempts is {self.attempts}, but must be at least 0")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}, but must be a positive number")
+        check_temperature(self.temperature)
 
     def accepts(self, reward: float, threshold: float, number: float) -> bool:
         """`number` is drawn from [0, 1)."""
@@ -117,3 +116,9 @@ class RejectionSearch:
 
     def _segment(self, start: int, candidates: list[Candidate], chosen: int) -> Segment:
         return Segment(len(self.request.prompt_ids) + start, 0, tuple(candidates), chosen)
+
+
+def check_reward_threshold(value: float) -> None:
+    """Raise ValueError for a threshold that is no number or that nothing could reach."""
+    if math.isnan(value) or value == math.inf:
+        raise ValueError(f"reward_threshold is {value}, but must be a number below infinity, in the reward's units")

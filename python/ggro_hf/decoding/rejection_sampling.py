@@ -4,11 +4,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.decoding.base import Request, finish_reason, open_policy
-from ggro_hf.decoding.cards import check_reward_threshold
 from ggro_hf.decoding.drafts import DraftRules
 from ggro_hf.decoding.drawing import Warped
 from ggro_hf.decoding.guided import GuidedDecoder
-from ggro_hf.decoding.rejection import Acceptance, RejectionSearch
+from ggro_hf.decoding.rejection import Acceptance, RejectionSearch, check_reward_threshold
 from ggro_hf.results import Counters, Generation, Trace
 from ggro_hf.rewards import Reward
 

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import BatchEncoding
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.prompts import TEMPLATE_DATE, Message, Prompt
+from ggro_hf.prompts import TEMPLATE_DATE, Message, Prompt, as_messages
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -58,7 +58,7 @@ class ChatTemplate(TextFormat):
         self._tokenizer = tokenizer
 
     def render(self, prompt: Prompt, responses: Sequence[str]) -> list[str]:
-        before = _messages(prompt)
+        before = as_messages(prompt)
         conversations = [[*before, {"role": "assistant", "content": response}] for response in responses]
         if not conversations:
             return []
@@ -76,7 +76,7 @@ class Dialogue(TextFormat):
 
     def render(self, prompt: Prompt, responses: Sequence[str]) -> list[str]:
         turns = []
-        for message in _messages(prompt):
+        for message in as_messages(prompt):
             speaker = _SPEAKERS.get(message["role"])
             if speaker is None:
                 raise ValueError(
@@ -124,10 +124,6 @@ class Pair(Format):
 def default_format(tokenizer: PreTrainedTokenizerBase) -> TextFormat:
     """The chat template of the reward model's tokenizer, `Dialogue` where it has none."""
     return Dialogue() if tokenizer.chat_template is None else ChatTemplate(tokenizer)
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _only_text(prompt: Prompt, name: str) -> str:

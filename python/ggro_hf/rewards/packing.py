@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ggro_hf.attention import PREFIX_ATTENTION, attending, pack_branches
 from ggro_hf.cache import RewindableCache
-from ggro_hf.models import TOLERANCE, device_of, embedding_rows
+from ggro_hf.models import TOLERANCE, device_of, disagreement, embedding_rows
 from ggro_hf.transfer import to_device
 
 Packing = Callable[[PreTrainedModel, RewindableCache, list[list[int]], int], torch.Tensor]
@@ -30,10 +30,10 @@ _CHECK_BRANCHES = (1, 3, 2)
 _logger = logging.getLogger(__name__)
 
 
-def run(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int], **inputs: object) -> torch.Tensor:
+def run(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]) -> torch.Tensor:
     """Append tokens to the cache and return their hidden states `[T, d]`."""
     ids = to_device([token_ids], device_of(model))
-    hidden: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+    hidden: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     return hidden[0]
 
 
@@ -178,16 +178,10 @@ def _choose(model: PreTrainedModel) -> _Way:
     _check_cached(model, prefix, branches, expected, tolerance)
 
     def agrees(name: str, compute: Callable[[RewindableCache], torch.Tensor]) -> bool:
-        try:
-            error = float((_computed(model, prefix, compute) - expected).abs().max())
-            if error <= tolerance:
-                return True
-            reason = f"it is off by {error:.2g} (tolerance {tolerance:.2g})"
-        # Whatever it is, another way can do without.
-        except Exception as caught:
-            reason = f"{type(caught).__name__}: {caught}".partition("\n")[0]
-        _logger.info("%s cannot score branches by %s: %s", type(model).__name__, name, reason)
-        return False
+        reason = disagreement("hidden states", partial(_computed, model, prefix, compute), expected, model.dtype)
+        if reason is not None:
+            _logger.info("%s cannot score branches by %s: %s", type(model).__name__, name, reason)
+        return reason is None
 
     def behind_copies(cache: RewindableCache) -> torch.Tensor:
         # The prefix but for its first token, twice, as the tails of two sequences.

@@ -15,7 +15,7 @@ from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
 from ggro_hf.rewards.heads import FeedForward, LoadedBackbone
 from ggro_hf.rewards.language_model import LanguageModel, load_language_model
 from ggro_hf.rewards.packing import one_by_one, packing_for
-from ggro_hf.rewards.responses import Responses, name_of, prompt_of
+from ggro_hf.rewards.responses import Responses, check_prompt_fits, check_response_fits, prompt_of
 from ggro_hf.rewards.steps import STEP_FORMATS, EncodedSteps, StepFormat, answer_ids
 from ggro_hf.rewards.tree import CausalTree
 
@@ -123,11 +123,7 @@ class _ProcessScoring(Scoring):
         self._responses = Responses(conversation)
         self._limit = reward.capabilities.max_tokens
         tokens = len(self._encode("").token_ids)
-        if self._limit is not None and tokens > self._limit:
-            raise ValueError(
-                f"prompt alone takes {tokens} tokens of the process reward model, whose context has {self._limit}; "
-                "shorten the prompt or use a reward model with a longer context"
-            )
+        check_prompt_fits("process reward model", tokens, self._limit)
         self._tree = CausalTree(reward.model, counters, capacity=tokens + max_tokens)
         self._values: list[list[float]] = [[]]
         self._continued: list[list[list[float]]] = []
@@ -176,10 +172,6 @@ class _ProcessScoring(Scoring):
     def _check_room(self, inputs: list[list[EncodedSteps]], texts: list[list[str]]) -> None:
         for sequence, own in enumerate(inputs):
             for continuation, encoded in enumerate(own):
-                if self._limit is not None and len(encoded.token_ids) > self._limit:
-                    name = name_of((sequence, continuation), texts[sequence][continuation])
-                    raise ValueError(
-                        f"prompt and response take {len(encoded.token_ids)} tokens of the process reward model, whose "
-                        f"context has {self._limit}, at {name}; lower max_new_tokens, shorten the prompt or use a "
-                        "reward model with a longer context"
-                    )
+                text = texts[sequence][continuation]
+                place = (sequence, continuation)
+                check_response_fits("process reward model", len(encoded.token_ids), self._limit, place, text)

@@ -57,6 +57,25 @@ def name_of(place: tuple[int, int], text: str) -> str:
     return f"continuation {place[1]} of sequence {place[0]}, the text {shown!r}"
 
 
+def check_prompt_fits(role: str, tokens: int, max_tokens: int | None) -> None:
+    """Raise ValueError where a prompt with an empty response is too long for a model's context."""
+    if max_tokens is not None and tokens > max_tokens:
+        raise ValueError(
+            f"prompt alone takes {tokens} tokens of the {role}, whose context has {max_tokens}; "
+            "shorten the prompt or use a reward model with a longer context"
+        )
+
+
+def check_response_fits(role: str, tokens: int, max_tokens: int | None, place: tuple[int, int], text: str) -> None:
+    """Raise ValueError where a prompt with that response is too long for a model's context."""
+    if max_tokens is not None and tokens > max_tokens:
+        raise ValueError(
+            f"prompt and response take {tokens} tokens of the {role}, whose context has {max_tokens}, at "
+            f"{name_of(place, text)}; lower max_new_tokens, shorten the prompt or use a reward model with a longer "
+            "context"
+        )
+
+
 class PromptInputs:
     """What a reward model is given for one prompt and its responses; `prompt_tokens` is the length of an empty one.
 
@@ -75,11 +94,7 @@ class PromptInputs:
         self._prompt = prompt_of(conversation) if format.reads_prompt else ""
         self._max_tokens = max_tokens
         self.prompt_tokens = len(self._format.encode(tokenizer, self._prompt, [""])["input_ids"][0])
-        if max_tokens is not None and self.prompt_tokens > max_tokens:
-            raise ValueError(
-                f"prompt alone takes {self.prompt_tokens} tokens of the reward model, whose context has {max_tokens}; "
-                "shorten the prompt or use a reward model with a longer context"
-            )
+        check_prompt_fits("reward model", self.prompt_tokens, max_tokens)
 
     def encode(self, responses: list[str], places: list[tuple[int, int]]) -> BatchEncoding:
         """Inputs of different responses; `places` are sequence and continuation of each.
@@ -93,12 +108,7 @@ class PromptInputs:
                     f"the format gives the reward model no tokens at {name_of(place, response)}; "
                     "use one that writes the prompt"
                 )
-            if self._max_tokens is not None and len(ids) > self._max_tokens:
-                raise ValueError(
-                    f"prompt and response take {len(ids)} tokens of the reward model, whose context has "
-                    f"{self._max_tokens}, at {name_of(place, response)}; lower max_new_tokens, shorten the prompt or "
-                    "use a reward model with a longer context"
-                )
+            check_response_fits("reward model", len(ids), self._max_tokens, place, response)
         return encoded
 
 

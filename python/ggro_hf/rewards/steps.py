@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.prompts import TEMPLATE_DATE, Message, Prompt
+from ggro_hf.prompts import Message, Prompt, apply_template, as_messages
 
 
 class EncodedSteps(NamedTuple):
@@ -53,7 +53,7 @@ class MarkedSteps(StepFormat):
     separator: str = "\n\n"
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, steps: Sequence[str]) -> EncodedSteps:
-        messages = _messages(prompt)
+        messages = as_messages(prompt)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         # A marker that the policy wrote itself would count as a step.
@@ -178,20 +178,13 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, opened
         raise ValueError(
             "the reward model's tokenizer has no chat template, which this format needs; use TaggedSteps or EndedSteps"
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=opened, return_dict=True, date_string=TEMPLATE_DATE
-    )
-    return list(encoded["input_ids"])
+    return apply_template(tokenizer, messages, add_generation_prompt=opened)
 
 
 def _assistant_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     turn: list[Message] = [{"role": "user", "content": "1"}]
     closed = _chat(tokenizer, turn)
     return _chat(tokenizer, turn, opened=True)[len(closed) :]
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _problem(prompt: Prompt, format: StepFormat) -> str:
