@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ggro_hf.cli.errors import CommandError
-from ggro_hf.training.demo_models import DemoRecipe, train_demo
+from ggro_hf.training.demo.models import DemoRecipe, train_demo
 
 
 def register(subparsers: Any) -> None:

@@ -1,1 +1,1 @@
-"""Training code: the recipe of the embedded demo models."""
+"""Training: SP-PRM, and the recipe of the embedded demo models."""

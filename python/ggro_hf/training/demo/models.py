@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from ggro_hf.demo_models import PROMPTS
-from ggro_hf.training.demo_cards import policy_card, reward_card
-from ggro_hf.training.demo_data import Review, encode_reviews, read_reviews, train_tokenizer
-from ggro_hf.training.demo_policy import PolicyRecipe, held_out_perplexity, train_policy
-from ggro_hf.training.demo_reward import RewardRecipe, held_out_accuracy, train_reward
+from ggro_hf.training.demo.cards import policy_card, reward_card
+from ggro_hf.training.demo.data import Review, encode_reviews, read_reviews, train_tokenizer
+from ggro_hf.training.demo.policy import PolicyRecipe, held_out_perplexity, train_policy
+from ggro_hf.training.demo.reward import RewardRecipe, held_out_accuracy, train_reward
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ggro_hf.training.demo_policy import PolicyRecipe
-from ggro_hf.training.demo_reward import RewardRecipe
+from ggro_hf.training.demo.policy import PolicyRecipe
+from ggro_hf.training.demo.reward import RewardRecipe
 
 if TYPE_CHECKING:
-    from ggro_hf.training.demo_models import DemoReport
+    from ggro_hf.training.demo.models import DemoReport
 
 _CITATION = """\
 ## Data and citation

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from ggro_hf.cli import main
-from ggro_hf.training.demo_data import (
+from ggro_hf.training.demo.data import (
     Review,
     ReviewStream,
     RewardBatches,
@@ -25,10 +25,10 @@ from ggro_hf.training.demo_data import (
     read_reviews,
     train_tokenizer,
 )
-from ggro_hf.training.demo_loop import CAUSAL_ATTENTION, trapezoid
-from ggro_hf.training.demo_models import DemoRecipe, train_demo
-from ggro_hf.training.demo_policy import PolicyRecipe, held_out_perplexity, policy_config, train_policy
-from ggro_hf.training.demo_reward import (
+from ggro_hf.training.demo.loop import CAUSAL_ATTENTION, trapezoid
+from ggro_hf.training.demo.models import DemoRecipe, train_demo
+from ggro_hf.training.demo.policy import PolicyRecipe, held_out_perplexity, policy_config, train_policy
+from ggro_hf.training.demo.reward import (
     RewardRecipe,
     held_out_accuracy,
     position_weights,

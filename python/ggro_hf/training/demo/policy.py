@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ggro_hf.training.demo_data import ReviewStream
-from ggro_hf.training.demo_loop import CAUSAL_ATTENTION, make_optimizers, train_resumably, trapezoid
+from ggro_hf.training.demo.data import ReviewStream
+from ggro_hf.training.demo.loop import CAUSAL_ATTENTION, make_optimizers, train_resumably, trapezoid
 
 
 @dataclass(frozen=True)
