@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from ggro_hf.prompts import Prompt
 
@@ -47,7 +49,7 @@ def read_prompt_lines(path: str | Path, reserved: Collection[str] = ()) -> Itera
             if not line.strip():
                 continue
             try:
-                fields = _parse_object(line)
+                fields = parse_object(line)
                 if clash := reserved & fields.keys():
                     raise ValueError(f"field {min(clash)!r} has the name of a result; rename it")
                 yield PromptLine(number, _prompt_of(fields), fields)
@@ -55,21 +57,46 @@ def read_prompt_lines(path: str | Path, reserved: Collection[str] = ()) -> Itera
                 yield BadLine(number, str(error))
 
 
-class RowFile:
-    """Result rows that survive a kill: each is written once, flushed and synced to the disk before the next begins.
+class OtherSettingsError(RowFileError):
+    """Rows made with other settings: those of `then`, where `now` were wanted."""
 
-    Every row carries `line` (of its input), its prompt and the `settings` it was made with. Opening an existing file
+    def __init__(self, message: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.then = then
+        self.now = now
+
+
+@dataclass(frozen=True, slots=True)
+class RowOwner:
+    """For the messages of a row file: what writes such files, and where else it could write."""
+
+    writer: str
+    elsewhere: str
+
+
+GENERATE = RowOwner("`ggro generate`", "choose another --output file")
+
+
+class RowFile:
+    """Result rows that survive a kill: what is appended is on the disk before the next begins.
+
+    Every row carries `line`, the number it is known by, and the `settings` it was made with. Opening an existing file
     takes its rows up again: a torn last line is cut off; rows made with other settings, or a file that holds anything
     else, raise RowFileError and the file stays untouched. A lock keeps a second run out.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, settings: dict[str, Any], owner: RowOwner = GENERATE) -> None:
         self.path = Path(path)
         self._settings = settings
-        self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
+        # Unbuffered: nothing is left that close() would try to write after a disk was full.
+        self._file = FileIO(self.path, "a+")
         try:
             self._lock()
-            self.rows = self._take_up()
+            self._file.seek(0)
+            content = self._file.readall()
+            self.rows, whole = _parse_rows(self.path, content, settings, owner)
+            if whole < len(content):
+                self._file.truncate(whole)
         except BaseException:
             self._file.close()
             raise
@@ -84,28 +111,33 @@ class RowFile:
         """Close the file and let go of its lock."""
         self._file.close()
 
-    def row_of(self, line: PromptLine) -> dict[str, Any] | None:
-        """The row already written for an input line; raises RowFileError where that line held another prompt then."""
-        row = self.rows.get(line.number)
-        if row is not None and row.get(_prompt_key(line.prompt)) != line.prompt:
-            raise RowFileError(
-                f"{self.path} answers another prompt for line {line.number} of the input: the input has changed since; "
-                "write to a new --output file"
-            )
-        return row
+    def append(self, number: int, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the row of a number and return it once it is on the disk; raises OSError as `extend` does."""
+        self.extend([(number, result)])
+        return self.rows[number]
 
-    def append(self, line: PromptLine, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the row of an input line and return it once it is on the disk."""
-        row = {"line": line.number, **line.fields, **result, "settings": self._settings}
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.rows[line.number] = row
-        return row
+    def extend(self, results: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        """Write the rows of several numbers with a single wait for the disk.
+
+        Raises OSError, the path named, where they could not be written; the file then holds what it held before.
+        """
+        rows = [{"line": number, **result, "settings": self._settings} for number, result in results]
+        content = b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(content):
+                written += self._file.write(content[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # A row after half of another would be lost with it.
+            with suppress(OSError):
+                self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.rows.update((row["line"], row) for row in rows)
 
     def count(self) -> int:
         """Number of complete rows in the file itself, right even where `append` was interrupted half-way."""
-        self._file.flush()
         return self.path.read_bytes().count(b"\n")
 
     def _lock(self) -> None:
@@ -116,39 +148,60 @@ class RowFile:
                 f"{self.path} is being written by another run; wait for it or choose another file"
             ) from None
 
-    def _take_up(self) -> dict[int, dict[str, Any]]:
-        self._file.seek(0)
-        content = self._file.read()
-        complete, newline, torn = content.rpartition(b"\n")
-        rows = {}
-        for number, line in enumerate(complete.split(b"\n") if newline else [], start=1):
-            row = self._check_row(number, line)
-            rows[row["line"]] = row
-        if torn:
-            if not (torn.startswith(_ROW_START) or _ROW_START.startswith(torn)):
-                raise RowFileError(f"{self.path} was not written by `ggro generate`; choose another --output file")
-            self._file.truncate(len(content) - len(torn))
-        return rows
 
-    def _check_row(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = _parse_object(line)
-        except ValueError as error:
-            raise RowFileError(
-                f"{self.path}, line {number}: {error}; "
-                "delete that line to have it done again, or choose another --output file"
-            ) from None
-        if not isinstance(row.get("line"), int) or not isinstance(row.get("settings"), dict):
-            raise RowFileError(f"{self.path} was not written by `ggro generate`; choose another --output file")
-        if row["settings"] != self._settings:
-            raise RowFileError(
-                f"{self.path} was written with other settings ({_differing(row['settings'], self._settings)}); "
-                "repeat them to continue, or choose another --output file"
-            )
-        return row
+def row_of(rows: RowFile, line: PromptLine) -> dict[str, Any] | None:
+    """The row already written for an input line; raises RowFileError where that line held another prompt then."""
+    row = rows.rows.get(line.number)
+    if row is not None and row.get(_prompt_key(line.prompt)) != line.prompt:
+        raise RowFileError(
+            f"{rows.path} answers another prompt for line {line.number} of the input: the input has changed since; "
+            "write to a new --output file"
+        )
+    return row
 
 
-def _parse_object(line: bytes) -> dict[str, Any]:
+def read_rows(path: str | Path, settings: dict[str, Any], owner: RowOwner) -> dict[int, dict[str, Any]]:
+    """Rows of a `RowFile` by their numbers, without a lock and without touching it; a torn last line is left out.
+
+    Raises RowFileError as opening it does, OSError where it cannot be read.
+    """
+    return _parse_rows(Path(path), Path(path).read_bytes(), settings, owner)[0]
+
+
+def _parse_rows(
+    path: Path, content: bytes, settings: dict[str, Any], owner: RowOwner
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """The rows of a file's content, and how many bytes of it are whole rows."""
+    complete, newline, torn = content.rpartition(b"\n")
+    rows = {}
+    for number, line in enumerate(complete.split(b"\n") if newline else [], start=1):
+        row = _check_row(path, number, line, settings, owner)
+        rows[row["line"]] = row
+    if torn and not (torn.startswith(_ROW_START) or _ROW_START.startswith(torn)):
+        raise RowFileError(f"{path} was not written by {owner.writer}; {owner.elsewhere}")
+    return rows, len(content) - len(torn)
+
+
+def _check_row(path: Path, number: int, line: bytes, settings: dict[str, Any], owner: RowOwner) -> dict[str, Any]:
+    try:
+        row = parse_object(line)
+    except ValueError as error:
+        raise RowFileError(
+            f"{path}, line {number}: {error}; delete that line to have it done again, or {owner.elsewhere}"
+        ) from None
+    if not isinstance(row.get("line"), int) or not isinstance(row.get("settings"), dict):
+        raise RowFileError(f"{path} was not written by {owner.writer}; {owner.elsewhere}")
+    if row["settings"] != settings:
+        raise OtherSettingsError(
+            f"{path} was written with other settings ({_differing(row['settings'], settings)}); "
+            f"repeat them to continue, or {owner.elsewhere}",
+            row["settings"],
+            settings,
+        )
+    return row
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()

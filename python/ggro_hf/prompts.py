@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -39,11 +40,24 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
 ) -> list[int]:
-    """Token ids of messages through the tokenizer's chat template, the assistant's turn opened or not."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=TEMPLATE_DATE
-    )
+    """Token ids of messages through the tokenizer's chat template, the assistant's turn opened or not.
+
+    Raises ValueError where the template refuses them.
+    """
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=True, date_string=TEMPLATE_DATE
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses the messages {roles(messages)}: {error}; bring them into its order"
+        ) from error
     return list(encoded["input_ids"])
+
+
+def roles(messages: list[Message]) -> str:
+    """The roles of messages, for errors."""
+    return ", ".join(message["role"] for message in messages)
 
 
 def released_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, prefill_attack: bool = False) -> list[int]:

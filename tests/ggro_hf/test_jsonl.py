@@ -4,13 +4,17 @@ import json
 
 import pytest
 
-from ggro_hf.jsonl import BadLine, PromptLine, RowFile, RowFileError, read_prompt_lines
+from ggro_hf.jsonl import BadLine, PromptLine, RowFile, RowFileError, read_prompt_lines, row_of
 
 SETTINGS = {"method": "ggro", "max_new_tokens": 8}
 
 
 def line(number, prompt="Hello", **fields):
     return PromptLine(number, prompt, {"prompt": prompt, **fields})
+
+
+def append(rows, answered, result):
+    return rows.append(answered.number, {**answered.fields, **result})
 
 
 def read(tmp_path, content, **options):
@@ -57,34 +61,34 @@ def test_a_bad_line_is_named_and_the_next_one_is_read(tmp_path, content, reason)
 def test_rows_are_on_the_disk_before_the_file_is_closed_and_are_taken_up_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path, SETTINGS) as rows:
-        rows.append(line(3, "Grüße", label="x"), {"text": "é\n"})
+        append(rows, line(3, "Grüße", label="x"), {"text": "é\n"})
         (written,) = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(written) == {"line": 3, "prompt": "Grüße", "label": "x", "text": "é\n", "settings": SETTINGS}
     with RowFile(path, SETTINGS) as rows:
-        assert rows.row_of(line(3, "Grüße"))["text"] == "é\n"
-        assert rows.row_of(line(4)) is None
+        assert row_of(rows, line(3, "Grüße"))["text"] == "é\n"
+        assert row_of(rows, line(4)) is None
 
 
 def test_a_last_line_torn_anywhere_is_cut_off(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path, SETTINGS) as rows:
-        rows.append(line(1), {"text": "é"})
+        append(rows, line(1), {"text": "é"})
         first = path.read_bytes()
-        rows.append(line(2), {"text": "é"})
+        append(rows, line(2), {"text": "é"})
     second = path.read_bytes()[len(first) :]
     for length in range(1, len(second)):
         path.write_bytes(first + second[:length])
         with RowFile(path, SETTINGS) as rows:
             assert list(rows.rows) == [1]
-            rows.append(line(2), {"text": "é"})
+            append(rows, line(2), {"text": "é"})
         assert path.read_bytes() == first + second
 
 
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_touched(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path, SETTINGS) as rows:
-        rows.append(line(1), {})
-        rows.append(line(2), {})
+        append(rows, line(1), {})
+        append(rows, line(2), {})
     content = path.read_bytes().replace(b'"line": 1', b'"line": ?') + b'{"line'
     path.write_bytes(content)
     with pytest.raises(RowFileError, match="line 1: not valid JSON"):
@@ -95,7 +99,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_touched(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path, SETTINGS) as rows:
-        rows.append(line(1), {})
+        append(rows, line(1), {})
     with pytest.raises(RowFileError, match=r"max_new_tokens was 8, is 9, seed was None, is 1"):
         RowFile(path, {**SETTINGS, "max_new_tokens": 9, "seed": 1})
 
@@ -114,10 +118,10 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
 def test_a_changed_input_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path, SETTINGS) as rows:
-        rows.append(line(1, "then"), {})
+        append(rows, line(1, "then"), {})
         for prompt in ("now", [{"role": "user", "content": "then"}]):
             with pytest.raises(RowFileError, match="another prompt for line 1"):
-                rows.row_of(PromptLine(1, prompt, {}))
+                row_of(rows, PromptLine(1, prompt, {}))
 
 
 def test_a_second_run_on_the_same_file_is_kept_out(tmp_path):

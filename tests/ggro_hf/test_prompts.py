@@ -37,6 +37,14 @@ def test_a_template_opens_the_assistants_turn_and_pins_the_date(chat_tokenizer):
     assert encode_prompt(chat_tokenizer, [{"role": "user", "content": "the"}]) == encode_prompt(chat_tokenizer, "the")
 
 
+def test_messages_that_a_template_refuses(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ raise_exception('user comes first') if messages[0].role == 'system' }}x"
+    encode_prompt(chat_tokenizer, "the")
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match="refuses the messages system, user: user comes first"):
+        encode_prompt(chat_tokenizer, messages)
+
+
 def test_released_prompts_split_turns_and_leave_the_header_to_the_policy(chat_tokenizer):
     text = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     decoded = chat_tokenizer.decode(released_prompt(chat_tokenizer, text))

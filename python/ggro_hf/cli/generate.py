@@ -15,7 +15,7 @@ from ggro_hf.cli.models import load_tokenizer
 from ggro_hf.cli.session import MethodSettings, Session, add_arguments
 from ggro_hf.decoding import NoProgressError
 from ggro_hf.evaluation import RECORD_FIELDS, generation_record
-from ggro_hf.jsonl import BadLine, PromptLine, RowFile, RowFileError, read_prompt_lines
+from ggro_hf.jsonl import BadLine, PromptLine, RowFile, RowFileError, read_prompt_lines, row_of
 from ggro_hf.report import ReportPrompt, ReportResponse, write_report
 from ggro_hf.rewards import describe
 
@@ -65,7 +65,7 @@ def _read_lines(args: argparse.Namespace) -> list[PromptLine | BadLine]:
 def _run_to_file(
     args: argparse.Namespace, settings: MethodSettings, lines: list[PromptLine | BadLine], rows: RowFile
 ) -> int:
-    todo = [line for line in lines if isinstance(line, BadLine) or rows.row_of(line) is None]
+    todo = [line for line in lines if isinstance(line, BadLine) or row_of(rows, line) is None]
     done = len(lines) - len(todo)
     session = _open(settings) if any(isinstance(line, PromptLine) for line in todo) else None
     if done:
@@ -78,13 +78,14 @@ def _run_to_file(
                     failures += 1
                     _say(outcome)
                 else:
-                    rows.append(*outcome)
+                    line, record = outcome
+                    rows.append(line.number, {**line.fields, **record})
                 bar.update()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; {rows.count()} rows are in {args.output}, repeat the command to continue") from None
     if args.report:
         tokenizer = session.policy.tokenizer if session else load_tokenizer(settings.policy_path)
-        written = [rows.row_of(line) for line in lines if isinstance(line, PromptLine)]
+        written = [row_of(rows, line) for line in lines if isinstance(line, PromptLine)]
         _write_report(args.report, settings, tokenizer, [row for row in written if row is not None])
     _say(f"{args.output}: {len(lines) - failures} of {len(lines)} lines done" + _failed(failures))
     return 1 if failures else 0

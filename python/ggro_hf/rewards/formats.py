@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import BatchEncoding
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.prompts import TEMPLATE_DATE, Message, Prompt, as_messages
+from ggro_hf.prompts import TEMPLATE_DATE, Prompt, as_messages, roles
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -66,7 +66,7 @@ class ChatTemplate(TextFormat):
             return list(self._tokenizer.apply_chat_template(conversations, tokenize=False, date_string=TEMPLATE_DATE))
         except TemplateError as error:
             raise ValueError(
-                f"the reward model's chat template refuses the messages {_roles(conversations[0])}: {error}; "
+                f"the reward model's chat template refuses the messages {roles(conversations[0])}: {error}; "
                 "bring them into its order, or use Dialogue or TextTemplate"
             ) from error
 
@@ -132,10 +132,6 @@ def _only_text(prompt: Prompt, name: str) -> str:
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     raise ValueError(
-        f"prompt has the messages {_roles(prompt)}, but {name} takes one text; "
+        f"prompt has the messages {roles(prompt)}, but {name} takes one text; "
         "pass a string or one user's message, or use Dialogue or ChatTemplate"
     )
-
-
-def _roles(messages: list[Message]) -> str:
-    return ", ".join(message["role"] for message in messages)

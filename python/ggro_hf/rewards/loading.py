@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
@@ -23,11 +29,7 @@ def load_classifier(
     """
     where = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     config = AutoConfig.from_pretrained(name, **where)
-    if config.num_labels != 1:
-        raise ValueError(
-            f"reward model {str(name)!r} has {config.num_labels} labels, but a reward is one number; "
-            "use a checkpoint trained with num_labels=1, or ProcessReward for one that judges steps"
-        )
+    require_one_label(config, name)
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **where
     )
@@ -38,6 +40,15 @@ def load_classifier(
             "use a checkpoint saved with its classification head"
         )
     return model.to(device) if device is not None else model, load_tokenizer(name, **where)
+
+
+def require_one_label(config: PretrainedConfig, name: str | Path) -> None:
+    """Raise ValueError where the configuration is that of a model whose output is no reward."""
+    if config.num_labels != 1:
+        raise ValueError(
+            f"reward model {str(name)!r} has {config.num_labels} labels, but a reward is one number; "
+            "use a checkpoint trained with num_labels=1, or ProcessReward for one that judges steps"
+        )
 
 
 def load_tokenizer(name: str | Path, **where: Any) -> PreTrainedTokenizerBase | None:
