@@ -67,3 +67,14 @@ def test_nineteen_of_twenty_intervals_cover_the_true_mean():
 
 def test_the_same_values_give_the_same_interval():
     assert mean_interval([1.0, 2.0, 5.0]) == mean_interval([1.0, 2.0, 5.0])
+
+
+@pytest.mark.parametrize("size", [400, 4000])
+def test_few_different_values_have_the_interval_that_many_have(size):
+    few = torch.bernoulli(torch.full((size,), 0.3), generator=torch.Generator().manual_seed(0)).tolist()
+    # A shift that no mean can show: now all values differ, and are drawn one by one.
+    many = [value + 1e-9 * number / size for number, value in enumerate(few)]
+    counted, drawn = mean_interval(few), mean_interval(many)
+    half = (counted.high - counted.low) / 2
+    assert drawn.low == pytest.approx(counted.low, abs=0.1 * half)
+    assert drawn.high == pytest.approx(counted.high, abs=0.1 * half)
