@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers.utils import logging as transformers_logging
 
-from ggro_hf.cli import bench, demo, doctor, generate, train_demo
+from ggro_hf.cli import bench, demo, doctor, generate, prm, train_demo
 from ggro_hf.cli.errors import CommandError
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ggro", description="Reward-guided decoding on HuggingFace models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, demo, doctor, bench, train_demo):
+    for command in (generate, demo, doctor, bench, prm, train_demo):
         command.register(subparsers)
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
