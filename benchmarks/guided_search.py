@@ -14,8 +14,6 @@ was given, unused room included. Peak memory (`--memory`) is the growth over the
 """
 
 import argparse
-import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from benchmarks.baselines import args, best_of_n, cards, chunk_beam_search
 from benchmarks.memory import last_number_printed_by, peak_growth
 from benchmarks.pairs import NEW_TOKENS, PROMPT_TOKENS, Pair, build_embedded_pair, build_pair, respond
-from benchmarks.rounds import interleaved
+from benchmarks.rounds import interleaved, write_results
 from ggro_hf import ARGS, CARDS, BestOfN, ChunkBeamSearch, Decoder, RejectionSampling
 
 SEARCHES = ("ARGS", "CBS", "TBS", "CARDS", "rejection sampling", "best-of-N")
@@ -265,13 +262,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(format_rows(f"{search}, {models}, {threads} thread(s)", rows), flush=True)
                 results.append({"models": models, "search": search, "threads": threads, "runs": rows})
     if arguments.json:
-        report = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.json, results)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Policies with reward models on which decoding is measured: random ones of any vocabulary, and the embedded demo's."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,27 +29,32 @@ class Pair:
 def build_pair(vocabulary: int, prompt_tokens: int = PROMPT_TOKENS) -> Pair:
     """Seeded random models; the head is widened until next-token entropies are those of a real model, a few nats."""
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "intermediate_size": 1376,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 1024,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    policy = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    policy = LlamaForCausalLM(llama_config(vocabulary)).eval()
     # Every method is to decode the same number of tokens.
     policy.generation_config.eos_token_id = None
     with torch.no_grad():
         policy.lm_head.weight.mul_(8.0)
-    reward = RewardModel(LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)))
+    reward = RewardModel(LlamaForSequenceClassification(llama_config(vocabulary, num_labels=1)))
     prompt = torch.randint(3, vocabulary, (prompt_tokens,)).tolist()
     entropies = sorted(respond(Greedy(), policy, prompt).trace.entropies)
     threshold = entropies[int(0.7 * len(entropies))]
     return Pair(policy, reward, word_tokenizer(vocabulary), prompt, threshold)
+
+
+def llama_config(vocabulary: int, **changes: Any) -> LlamaConfig:
+    """512 wide, 6 layers."""
+    return LlamaConfig(
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        intermediate_size=1376,
+        vocab_size=vocabulary,
+        max_position_embeddings=1024,
+        eos_token_id=2,
+        pad_token_id=0,
+        **changes,
+    )
 
 
 def build_embedded_pair() -> Pair:

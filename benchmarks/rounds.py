@@ -1,9 +1,15 @@
-"""Functions that take turns, so that whatever else the machine does meets all of them alike."""
+"""Functions that take turns, so that whatever else the machine does meets all of them alike; the file of results."""
 
+import json
+import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+import transformers
 
 T = TypeVar("T")
 
@@ -18,3 +24,14 @@ def interleaved(runs: dict[str, Callable[[], T]], rounds: int) -> dict[str, tupl
             results[name] = run()
             seconds[name].append(perf_counter() - start)
     return {name: (results[name], statistics.median(times)) for name, times in seconds.items()}
+
+
+def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results as JSON, with what they were measured on."""
+    report = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "results": results,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
