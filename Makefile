@@ -69,6 +69,7 @@ bench: .venv/installed  ## kernels and decoding against their baselines
 	$(BIN)/python -m benchmarks --memory
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.guided_search --embedded --memory
+	$(BIN)/python -m benchmarks.prm_training --model embedded --memory
 
 readme-table: .venv/installed  ## README's table of the kernels from the committed results
 	$(BIN)/python -m benchmarks.readme
@@ -81,5 +82,5 @@ clean:  ## remove everything that is built
 # Constraints bind the build environment too, so that a fresh machine builds what CI built.
 .venv/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES)
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --editable '.[test,lint,bench,native]'
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --editable '.[test,lint,bench,native,train]'
 	touch $@
