@@ -193,7 +193,7 @@ def _check_row(path: Path, number: int, line: bytes, settings: dict[str, Any], o
         raise RowFileError(f"{path} was not written by {owner.writer}; {owner.elsewhere}")
     if row["settings"] != settings:
         raise OtherSettingsError(
-            f"{path} was written with other settings ({_differing(row['settings'], settings)}); "
+            f"{path} was written with other settings ({differing(row['settings'], settings)}); "
             f"repeat them to continue, or {owner.elsewhere}",
             row["settings"],
             settings,
@@ -201,7 +201,16 @@ def _check_row(path: Path, number: int, line: bytes, settings: dict[str, Any], o
     return row
 
 
+def differing(then: Any, now: Any, where: str = "") -> str:
+    """Which settings differ, and how: those of dictionaries by their keys."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        return ", ".join(differing(then.get(key), now.get(key), f"{where}.{key}" if where else key) for key in keys)
+    return f"{where} was {then!r}, is {now!r}"
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; raises ValueError, the reason told, where it holds none."""
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()
@@ -250,8 +259,3 @@ def _prompt_key(prompt: Prompt) -> str:
 
 def _names(fields: dict[str, Any]) -> str:
     return ", ".join(map(repr, fields)) or "no fields"
-
-
-def _differing(then: dict[str, Any], now: dict[str, Any]) -> str:
-    keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    return ", ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in keys)

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -14,6 +12,7 @@ from ggro_hf import rewards
 from ggro_hf.cli.errors import CommandError, one_line
 from ggro_hf.policy import check_policy
 from ggro_hf.rewards import Reward, RewardModel
+from ggro_hf.rewards.loading import LoadError, naming
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,22 +63,13 @@ def load_reward(name: str, policy_tokenizer: PreTrainedTokenizerBase, dtype: tor
 
 
 def _load(role: str, name: str, read: Callable[[], Loaded]) -> Loaded:
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise CommandError(f"{role} {name!r}: there is no such directory; give a directory or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CommandError(f"{role} {name!r}: no config.json in it; give the directory of a saved model")
     try:
-        return read()
-    except SafetensorError as error:
-        raise CommandError(
-            f"{role} {name!r}: its safetensors file is damaged or cut short ({one_line(error)}); "
-            "copy or download it again"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = one_line(error)
-        raise CommandError(message if repr(name) in message else f"{role} {name!r}: {message}") from error
+        with naming(role, name):
+            return read()
+    except LoadError as error:
+        raise CommandError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"{role} {name!r}: {one_line(error)}") from error
 
 
 def _read_policy(name: str, dtype: torch.dtype | None, device: str) -> PreTrainedModel:

@@ -1,9 +1,12 @@
 """Reward models with one label, and their tokenizers, from a directory or the hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -12,6 +15,31 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+class LoadError(ValueError):
+    """A model that cannot be loaded; the message names it, what it is there for, and the mend."""
+
+
+@contextmanager
+def naming(role: str, name: str | Path) -> Iterator[None]:
+    """Name the model, and what it is there for, in the errors of its loading and reading, which become LoadError."""
+    path = Path(name)
+    looks_local = path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1
+    if looks_local and not path.is_dir():
+        raise LoadError(f"{role} {str(name)!r}: there is no such directory; give a directory or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LoadError(f"{role} {str(name)!r}: no config.json in it; give the directory of a saved model")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # RuntimeError: weights of other shapes than the configuration's.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        message = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, SafetensorError):
+            message = f"its safetensors file is damaged or cut short ({message}); copy or download it again"
+        raise LoadError(message if repr(str(name)) in message else f"{role} {str(name)!r}: {message}") from error
 
 
 def load_classifier(

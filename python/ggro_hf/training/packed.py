@@ -1,7 +1,8 @@
 """Token ids that a causal model reads in one pass: a sequence, and branches that leave it and end by themselves."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,18 @@ def is_computable(model: PreTrainedModel) -> bool:
     return device_of(model).type != "meta" and not is_deepspeed_zero3_enabled()
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of before returns."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(mode)
+
+
 def branch_masks_of(model: PreTrainedModel) -> BranchMasks | None:
     """The masks with which a causal classifier gives branches the hidden states of separate passes; None without any.
 
@@ -131,20 +144,15 @@ def branch_masks_of(model: PreTrainedModel) -> BranchMasks | None:
         hidden: torch.Tensor = backbone(**batch, use_cache=False).last_hidden_state
         return hidden[0]
 
-    mode = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            device = device_of(model)
-            expected = [states({"input_ids": torch.tensor([sequence], device=device)})[-1] for sequence in sequences]
-            reason = disagreement(
-                "hidden states",
-                lambda: states(to_device_of(model, packed_batch([packed.encoded()], masks)))[ends],
-                torch.stack(expected),
-                model.dtype,
-            )
-    finally:
-        model.train(mode)
+    with evaluating(model):
+        device = device_of(model)
+        expected = [states({"input_ids": torch.tensor([sequence], device=device)})[-1] for sequence in sequences]
+        reason = disagreement(
+            "hidden states",
+            lambda: states(to_device_of(model, packed_batch([packed.encoded()], masks)))[ends],
+            torch.stack(expected),
+            model.dtype,
+        )
     if reason is not None:
         _logger.info("%s reads partial responses with tokens of their own one by one: %s", type(model).__name__, reason)
         return None

@@ -1,16 +1,13 @@
 """How the models of a recipe read its partial responses."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.rewards.formats import ChatTemplate, Dialogue, Format, Pair, TextTemplate
-from ggro_hf.rewards.loading import load_classifier, load_tokenizer, require_one_label, require_tokenizer
+from ggro_hf.rewards.loading import load_classifier, load_tokenizer, naming, require_one_label, require_tokenizer
 from ggro_hf.training.fine_tune import set_padding
 from ggro_hf.training.prefix_reader import PrefixReader
 from ggro_hf.training.recipe import Recipe
@@ -72,7 +69,7 @@ def scorer_of(
 ) -> PrefixScorer:
     """A reward model that scores the recipe's partial responses, which are cut in the units of the recipe's model.
 
-    Raises StepError where it cannot be loaded or read.
+    Raises LoadError where it cannot be loaded or read, StepError for a format that is none.
     """
     unit = planned_unit(recipe)
     with naming("reward model", name):
@@ -86,24 +83,6 @@ def planned_unit(recipe: Recipe) -> Unit:
     """What the recipe counts lengths in."""
     with naming("model", recipe.model.name):
         return recipe.partial.make_unit(_tokenizer(recipe))
-
-
-@contextmanager
-def naming(role: str, name: str | Path) -> Iterator[None]:
-    """Name the model, and what it is there for, in the errors of its loading and reading."""
-    path = Path(name)
-    if (path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2) and not path.is_dir():
-        raise StepError(f"{role} {str(name)!r}: there is no such directory; give a directory or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise StepError(f"{role} {str(name)!r}: no config.json in it; give the directory of a saved model")
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    # RuntimeError: weights of other shapes than the configuration's.
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        message = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise StepError(message if repr(str(name)) in message else f"{role} {str(name)!r}: {message}") from error
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

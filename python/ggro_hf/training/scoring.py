@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ggro_hf.models import device_of, disagreement, embedding_rows
 from ggro_hf.pairs import PairRewards, PartialPair
-from ggro_hf.training.packed import Input, is_computable, packed_batch, to_device_of
+from ggro_hf.training.packed import Input, evaluating, is_computable, packed_batch, to_device_of
 from ggro_hf.training.prefix_reader import PairInputs, Place, PrefixReader
 
 # Which pair, an input of it, and the places there that are asked for.
@@ -48,21 +48,16 @@ def check_causal(model: PreTrainedModel) -> None:
     ids = [row if row != padding else (row + 1) % rows for row in ((7 * i + 1) % rows for i in range(_CHECK_TOKENS))]
     whole = torch.tensor([ids], device=device_of(model))
     ends = range(_CHECK_TOKENS // 2, _CHECK_TOKENS)
-    mode = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            plain = torch.stack([model(input_ids=whole[:, : end + 1]).logits[0, 0] for end in ends])
-            if not plain.isfinite().all():
-                return
-            reason = disagreement(
-                "rewards of the beginnings of a text",
-                lambda: rewards_at(model, {"input_ids": whole}, [0] * len(ends), list(ends)),
-                plain,
-                model.dtype,
-            )
-    finally:
-        model.train(mode)
+    with evaluating(model):
+        plain = torch.stack([model(input_ids=whole[:, : end + 1]).logits[0, 0] for end in ends])
+        if not plain.isfinite().all():
+            return
+        reason = disagreement(
+            "rewards of the beginnings of a text",
+            lambda: rewards_at(model, {"input_ids": whole}, [0] * len(ends), list(ends)),
+            plain,
+            model.dtype,
+        )
     if reason is not None:
         raise ValueError(
             f"reward model is a {type(model).__name__}, which cannot be read at every position: {reason}; "

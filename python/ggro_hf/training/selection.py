@@ -80,8 +80,6 @@ class _Fitting:
         """The pair, cut where that is wanted and needed, or why it is dropped."""
         try:
             responses = [self._fit(pair.prompt, response) for response in (pair.chosen, pair.rejected)]
-        except TemplateError:
-            return REFUSED
         except ValueError as error:
             if isinstance(error.__cause__, TemplateError):
                 return REFUSED

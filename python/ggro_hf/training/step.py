@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ggro_hf.jsonl import differing
+
 
 class StepError(ValueError):
     """A step that cannot be done: one before it is missing, or it was done with other settings."""
@@ -29,7 +31,7 @@ class Step:
             found = _read(self._path)
             if found["settings"] != self._settings and (found["done"] or continues):
                 raise StepError(
-                    f"{directory} was made with other settings ({_differing(found['settings'], self._settings)}); "
+                    f"{directory} was made with other settings ({differing(found['settings'], self._settings)}); "
                     "repeat them, choose another output, or delete it"
                 )
             self.record = found if found["done"] else None
@@ -74,11 +76,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or "done" not in found:
         raise StepError(f"{path} is no record of a step; delete {path.parent} and repeat the step")
     return found
-
-
-def _differing(then: Any, now: Any, where: str = "") -> str:
-    """Which settings differ, and how."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        return ", ".join(_differing(then.get(key), now.get(key), f"{where}.{key}" if where else key) for key in keys)
-    return f"{where} was {then!r}, is {now!r}"

@@ -1,6 +1,7 @@
 """Preference pairs and reward models for the tests of training, small and always the same."""
 
 import random
+from collections.abc import Iterable
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
@@ -57,3 +58,17 @@ def encoder_classifier(tokenizer: PreTrainedTokenizerFast, seed: int = 1) -> Pre
             initializer_range=0.2,
         )
         return BertForSequenceClassification(config)
+
+
+def partial_pairs(rows: Iterable[int] = range(1, 12)) -> list[PartialPair]:
+    """Pairs whose responses and lengths follow from their row."""
+    lengths: list[tuple[int | None, ...]] = [(1, 3, None), (2,), (1, 2, 3, 4, 5, None)]
+    return [
+        PartialPair(
+            PreferencePair(
+                row, f"where is otter {row}", "in the sea and on the rest" + " er" * (row % 4), f"an end {row}"
+            ),
+            lengths[row % 3],
+        )
+        for row in rows
+    ]

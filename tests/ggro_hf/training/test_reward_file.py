@@ -11,27 +11,14 @@ import pytest
 import torch
 
 from ggro_hf.jsonl import RowFile, RowFileError
-from ggro_hf.pairs import PartialPair, PreferencePair
 from ggro_hf.training.prefix_reader import PrefixReader
 from ggro_hf.training.reward_file import read_scores, score_to_file
 from ggro_hf.training.scoring import PrefixScorer
 from ggro_hf.training.units import Words
 from tests.ggro_hf.small_models import small_reward, small_tokenizer
+from tests.ggro_hf.training.preference_data import partial_pairs
 
 SETTINGS = {"data": "0123456789abcdef", "reference": "tiny", "revision": None, "dtype": "float32"}
-
-
-def partial_pairs(rows=range(1, 12)):
-    lengths = [(1, 3, None), (2,), (1, 2, 3, 4, 5, None)]
-    return [
-        PartialPair(
-            PreferencePair(
-                row, f"where is otter {row}", "in the sea and on the rest" + " er" * (row % 4), f"an end {row}"
-            ),
-            lengths[row % 3],
-        )
-        for row in rows
-    ]
 
 
 def small_scorer():

@@ -14,19 +14,7 @@ from ggro_hf.training.weights import (
     weigh,
     weight_statistics,
 )
-
-
-def partial_pairs(rows=range(1, 12)):
-    lengths = [(1, 3, None), (2,), (1, 2, 3, 4, 5, None)]
-    return [
-        PartialPair(
-            PreferencePair(
-                row, f"where is otter {row}", "in the sea and on the rest" + " er" * (row % 4), f"an end {row}"
-            ),
-            lengths[row % 3],
-        )
-        for row in rows
-    ]
+from tests.ggro_hf.training.preference_data import partial_pairs
 
 
 def pair_rewards(row, margins, *, lengths=None):
