@@ -24,6 +24,16 @@ PYBIND11_MODULE(_native, m) {
   ggro::binding::define_cuda(cuda);
 #endif
   {
+    using A = ggro::BatchInvariantLinearArgs;
+    define(m, "batch_invariant_linear", ggro::batch_invariant_linear, &A::x, &A::weight, &A::weight_stride, &A::bias,
+           &A::dtype, &A::rows, &A::outputs, &A::width, &A::output, &A::num_threads);
+  }
+  {
+    using A = ggro::BatchInvariantLinearBackwardArgs;
+    define(m, "batch_invariant_linear_backward", ggro::batch_invariant_linear_backward, &A::gradient, &A::weight,
+           &A::weight_stride, &A::dtype, &A::rows, &A::outputs, &A::width, &A::x_gradient, &A::num_threads);
+  }
+  {
     using A = ggro::CandidateScoresArgs;
     define(m, "candidate_scores", ggro::candidate_scores, &A::gradient, &A::gradient_dtype, &A::gradient_stride,
            &A::table, &A::table_dtype, &A::table_stride, &A::ids, &A::positions, &A::candidates, &A::vocab, &A::width,
@@ -61,9 +71,9 @@ PYBIND11_MODULE(_native, m) {
   {
     using A = ggro::PrefixAttentionArgs;
     define(m, "prefix_attention", ggro::prefix_attention, &A::dtype, &A::query, &A::prefix_key, &A::prefix_value,
-           &A::branch_key, &A::branch_value, &A::branch_starts, &A::prefix_lengths, &A::batch, &A::query_heads,
-           &A::key_heads, &A::tokens, &A::prefix_tokens, &A::key_width, &A::value_width, &A::scale, &A::softcap,
-           &A::window, &A::output, &A::num_threads);
+           &A::branch_key, &A::branch_value, &A::branch_starts, &A::branch_ends, &A::prefix_lengths, &A::batch,
+           &A::query_heads, &A::key_heads, &A::tokens, &A::prefix_tokens, &A::branch_tokens, &A::key_width,
+           &A::value_width, &A::scale, &A::softcap, &A::window, &A::output, &A::num_threads);
   }
   {
     using A = ggro::ScoreSelectArgs;

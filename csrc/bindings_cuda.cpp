@@ -33,9 +33,9 @@ void define_cuda(py::module_& m) {
   {
     using A = PrefixAttentionArgs;
     define(m, "prefix_attention", cuda::prefix_attention_workspace, cuda::prefix_attention, &A::dtype, &A::query,
-           &A::prefix_key, &A::prefix_value, &A::branch_key, &A::branch_value, &A::branch_starts, &A::prefix_lengths,
-           &A::batch, &A::query_heads, &A::key_heads, &A::tokens, &A::prefix_tokens, &A::key_width, &A::value_width,
-           &A::scale, &A::softcap, &A::window, &A::output);
+           &A::prefix_key, &A::prefix_value, &A::branch_key, &A::branch_value, &A::branch_starts, &A::branch_ends,
+           &A::prefix_lengths, &A::batch, &A::query_heads, &A::key_heads, &A::tokens, &A::prefix_tokens,
+           &A::branch_tokens, &A::key_width, &A::value_width, &A::scale, &A::softcap, &A::window, &A::output);
   }
   {
     using A = ProjectTopKArgs;

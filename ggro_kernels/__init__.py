@@ -1,5 +1,6 @@
 """Fused kernels for reward-guided decoding: plain functions on torch tensors."""
 
+from ggro_kernels.batch_invariant_linear.api import batch_invariant_linear
 from ggro_kernels.candidate_scores.api import candidate_scores
 from ggro_kernels.entropy_topk.api import EntropyTopK, entropy_topk
 from ggro_kernels.lm_head_entropy_topk.api import lm_head_entropy_topk
@@ -15,6 +16,7 @@ __all__ = [
     "EntropyTopK",
     "ProjectTopK",
     "ScoreSelect",
+    "batch_invariant_linear",
     "binary_entropy_weight",
     "candidate_scores",
     "entropy_topk",

@@ -70,7 +70,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_indices(name: str, indices: torch.Tensor, last: int | torch.Tensor, meaning: str) -> None:
-    """Raise IndexError for a value of `indices` outside 0 .. last, which may differ from column to column.
+    """Raise IndexError for a value of `indices` outside 0 .. last, which may differ from value to value.
 
     CPU only: elsewhere it would need a sync.
     """
@@ -79,7 +79,7 @@ def check_indices(name: str, indices: torch.Tensor, last: int | torch.Tensor, me
     bad = ((indices < 0) | (indices > last)).nonzero()
     if len(bad):
         place = tuple(bad[0].tolist())
-        bound = last[place[-1]].item() if isinstance(last, torch.Tensor) else last
+        bound = last[place].item() if isinstance(last, torch.Tensor) else last
         raise IndexError(
             f"{name}[{', '.join(map(str, place))}] must be in 0 .. {bound}, {meaning}, got {indices[place].item()}"
         )

@@ -70,12 +70,12 @@ def cuda_error(device: int | None = None) -> str | None:
     return native().cuda.obstacle(torch.cuda.current_device() if device is None else device) or None
 
 
-def resolve(impl: str, device: torch.device, *dtypes: torch.dtype, cuda: bool = False) -> str:
+def resolve(impl: str, device: torch.device, *dtypes: torch.dtype, cuda: bool = False, triton: bool = True) -> str:
     """The implementation that runs: 'native', 'triton' or 'reference'.
 
     'auto' is what GGRO_IMPL names, else what `AUTOMATIC` has for the device if it can run, else the eager reference on
-    the tensors' own device. Anything named explicitly runs or raises RuntimeError. `cuda`: whether the op has CUDA
-    kernels.
+    the tensors' own device. Anything named explicitly runs or raises RuntimeError. `cuda`, `triton`: whether the op has
+    CUDA kernels, and Triton's.
     """
     if impl == "auto":
         impl = os.environ.get("GGRO_IMPL") or "auto"
@@ -87,17 +87,21 @@ def resolve(impl: str, device: torch.device, *dtypes: torch.dtype, cuda: bool = 
     kind = device.type
     if impl == "auto":
         for chosen in AUTOMATIC.get(kind, ()):
-            if _obstacle(chosen, kind, device, dtypes, cuda) is None:
+            if _obstacle(chosen, kind, device, dtypes, cuda, triton) is None:
                 return chosen
         return "reference"
-    obstacle = _obstacle(impl, kind, device, dtypes, cuda)
+    obstacle = _obstacle(impl, kind, device, dtypes, cuda, triton)
     if obstacle is not None:
         raise RuntimeError(f"impl={impl!r} {obstacle}")
     return impl
 
 
-def _obstacle(impl: str, kind: str, device: torch.device, dtypes: tuple[torch.dtype, ...], cuda: bool) -> str | None:
+def _obstacle(
+    impl: str, kind: str, device: torch.device, dtypes: tuple[torch.dtype, ...], cuda: bool, triton: bool
+) -> str | None:
     """Why 'native' or 'triton' cannot run on tensors of these dtypes on this device of this kind; None if it can."""
+    if impl == "triton" and not triton:
+        return "has no kernel of this op: use 'auto'"
     error = triton_error if impl == "triton" else cuda_error(device.index) if kind == "cuda" else native_error
     if error is not None:
         return f"is not available: {error}"

@@ -13,6 +13,7 @@ NAMESPACE = "ggro_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _names: list[str] = []
 _with_cuda_kernels: set[str] = set()
+_with_triton_kernels: set[str] = set()
 
 
 def register(
@@ -56,9 +57,11 @@ def register(
         names = [argument.name for argument in op._schema.arguments]
         deciding = [names.index(tensor) for tensor in dtypes_of]
         implementations = {"reference": run_reference, "native": native, "triton": triton and _launcher(triton)}
-        kernel = _chosen_by_impl(implementations, deciding, cuda)
+        kernel = _chosen_by_impl(implementations, deciding, cuda, triton is not None)
         if cuda:
             _with_cuda_kernels.add(name)
+        if triton is not None:
+            _with_triton_kernels.add(name)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
@@ -68,13 +71,15 @@ def register(
     return _differentiable(op, save_for_backward, backward)
 
 
-def _chosen_by_impl(implementations: dict[str, Any], deciding: list[int], cuda: bool) -> Callable[..., Any]:
+def _chosen_by_impl(
+    implementations: dict[str, Any], deciding: list[int], cuda: bool, triton: bool
+) -> Callable[..., Any]:
     """Runs what the last argument and the tensors at the places `deciding` choose."""
 
     def run(*arguments: Any) -> Any:
         *arguments_of_kernel, impl = arguments
         device = arguments[deciding[0]].device
-        chosen = resolve(impl, device, *[arguments[place].dtype for place in deciding], cuda=cuda)
+        chosen = resolve(impl, device, *[arguments[place].dtype for place in deciding], cuda=cuda, triton=triton)
         return implementations[chosen](*arguments_of_kernel)
 
     return run
@@ -131,12 +136,19 @@ def takes_impl(op: str) -> bool:
 
 def automatic(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """What `impl="auto"` runs of `op` on tensors of these dtypes."""
-    return resolve("auto", device, *dtypes, cuda=has_cuda_kernels(op)) if takes_impl(op) else "reference"
+    if not takes_impl(op):
+        return "reference"
+    return resolve("auto", device, *dtypes, cuda=has_cuda_kernels(op), triton=has_triton_kernels(op))
 
 
 def has_cuda_kernels(op: str) -> bool:
     """Whether `impl="native"` runs `op` on a GPU, where the extension has its CUDA part."""
     return op in _with_cuda_kernels
+
+
+def has_triton_kernels(op: str) -> bool:
+    """Whether `impl="triton"` runs `op`, where there is Triton."""
+    return op in _with_triton_kernels
 
 
 def registered_ops() -> tuple[str, ...]:

@@ -1,5 +1,9 @@
 """What every op's native.py needs to hand tensors to the extension."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import local
 from types import ModuleType
 
 import torch
@@ -20,6 +24,22 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     return native().cuda if device.type == "cuda" else None
 
 
+_thread = local()
+
+
+@contextmanager
+def observing(observe: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Within it, `observe` gets every call on a CPU that this thread makes of the extension, to be made again.
+
+    A call has the addresses of its tensors, and does not keep them.
+    """
+    _thread.observe = observe
+    try:
+        yield
+    finally:
+        del _thread.observe
+
+
 def run(op: str, device: torch.device, *fields: object) -> None:
     """Call a function of the extension with the fields of its argument struct but `num_threads`.
 
@@ -27,12 +47,20 @@ def run(op: str, device: torch.device, *fields: object) -> None:
     """
     kernels = gpu_kernels(device)
     if kernels is None:
-        getattr(native(), op)(*fields, torch.get_num_threads())
+        call = partial(_run_on_cpu, getattr(native(), op), fields)
+        observe = getattr(_thread, "observe", None)
+        if observe is not None:
+            observe(call)
+        call()
         return
     # Floats, so that tests see what is read before it is written.
     floats = -(-getattr(kernels, f"{op}_workspace")(*fields) // 4)
     workspace = torch.empty(floats, dtype=torch.float32, device=device)
     getattr(kernels, op)(*fields, workspace.data_ptr(), *_stream(device))
+
+
+def _run_on_cpu(kernel: Callable[..., None], fields: tuple[object, ...]) -> None:
+    kernel(*fields, torch.get_num_threads())
 
 
 def _stream(device: torch.device) -> tuple[int, int]:

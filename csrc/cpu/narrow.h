@@ -88,5 +88,12 @@ inline void store(T* p, Vec x) {
 
 #endif
 
+template <typename T>
+inline void narrow(const float* x, int64_t width, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = from_float<T>(x[i]);
+}
+
 }  // namespace
 }  // namespace ggro::cpu

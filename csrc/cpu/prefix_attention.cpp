@@ -66,6 +66,11 @@ struct Segment {
   }
 };
 
+// Where the key and value of a token lie among those of the branches.
+int64_t end_of(const PrefixAttentionArgs& args, int64_t batch, int64_t token) {
+  return args.branch_ends == nullptr ? token : args.branch_ends[batch * args.tokens + token];
+}
+
 template <typename T>
 Segment<T> segment(const HeadsView& keys, const HeadsView& values, int64_t batch, int64_t head) {
   return {static_cast<const T*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride, keys.token_stride,
@@ -115,10 +120,11 @@ class QueryTile {
     const int64_t length = args_.prefix_lengths == nullptr ? args_.prefix_tokens : args_.prefix_lengths[batch];
     for (int r = 0; r < rows; ++r) {
       const int64_t token = (first_row + r) / group_;
-      visible_[r] = {std::max<int64_t>(0, length + token - starts[token] + 1 - args_.window), length};
+      visible_[r] = {std::max<int64_t>(0, length + end_of(args_, batch, token) - starts[token] + 1 - args_.window),
+                     length};
     }
     attend_segment(segment<T>(args_.prefix_key, args_.prefix_value, batch, key_head), 0, rows);
-    attend_branches(segment<T>(args_.branch_key, args_.branch_value, batch, key_head), starts, first_row, end_row);
+    attend_branches(segment<T>(args_.branch_key, args_.branch_value, batch, key_head), batch, first_row, end_row);
     finish(batch, key_head, first_row, end_row);
   }
 
@@ -147,23 +153,29 @@ class QueryTile {
     }
   }
 
-  void attend_branches(const Segment<T>& branches, const int64_t* starts, int64_t first_row, int64_t end_row) {
+  void attend_branches(const Segment<T>& branches, int64_t batch, int64_t first_row, int64_t end_row) {
     const int64_t first_token = first_row / group_, end_token = (end_row - 1) / group_ + 1;
+    const int64_t* starts = args_.branch_starts + batch * args_.tokens;
     const int64_t base = *std::min_element(starts + first_token, starts + end_token);
+    int64_t last = 0;
+    for (int64_t token = first_token; token < end_token; ++token) last = std::max(last, end_of(args_, batch, token));
     // Short branches are scored together, though most of these scores are of keys that a row does not see.
-    const bool together = end_token - base <= kTileKeys;
-    if (together) score(branches.from(base), end_token - base, 0, static_cast<int>(end_row - first_row));
+    const bool together = last + 1 - base <= kTileKeys;
+    if (together) score(branches.from(base), last + 1 - base, 0, static_cast<int>(end_row - first_row));
     for (int64_t token = first_token, next; token < end_token; token = next) {
       const int64_t start = starts[token];
       const int first = static_cast<int>(std::max<int64_t>(0, token * group_ - first_row));
       int end = first;
+      int64_t keys = 0;
       for (next = token; next < end_token && starts[next] == start; ++next) {
+        const int64_t seen = end_of(args_, batch, next) - start + 1;
+        keys = std::max(keys, seen);
         for (; end < std::min((next + 1) * group_, end_row) - first_row; ++end) {
-          visible_[end] = {std::max<int64_t>(0, next - start + 1 - args_.window), next - start + 1};
+          visible_[end] = {std::max<int64_t>(0, seen - args_.window), seen};
         }
       }
       if (together) {
-        weigh(branches.from(start), 0, next - start, first, end, start - base);
+        weigh(branches.from(start), 0, keys, first, end, start - base);
       } else {
         attend_segment(branches.from(start), first, end);
       }
@@ -332,7 +344,7 @@ void run(const PrefixAttentionArgs& args) {
   const int64_t heads = args.batch * args.key_heads;
   const int64_t rows = args.tokens * (args.query_heads / args.key_heads);
   if (heads * rows == 0) return;
-  const int64_t work = heads * rows * (args.prefix_tokens + args.tokens) * (args.key_width + args.value_width);
+  const int64_t work = heads * rows * (args.prefix_tokens + args.branch_tokens) * (args.key_width + args.value_width);
   int64_t threads = thread_count(args.num_threads, heads * rows, work, kMinWorkPerThread);
   // Tiles as few as possible, since each reads the keys anew, but no thread without work.
   int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
@@ -361,8 +373,11 @@ void check_branches(const PrefixAttentionArgs& args) {
                          "the prefix tokens there are");
     }
     for (int64_t i = 0; i < args.tokens; ++i) {
-      const int64_t start = args.branch_starts[b * args.tokens + i];
-      if (start < 0 || start > i) throw_out_of_range("branch_starts", b, i, start, i, "the tokens up to this one");
+      const int64_t start = args.branch_starts[b * args.tokens + i], end = end_of(args, b, i);
+      if (end < 0 || end >= args.branch_tokens) {
+        throw_out_of_range("branch_ends", b, i, end, args.branch_tokens - 1, "the branch tokens there are");
+      }
+      if (start < 0 || start > end) throw_out_of_range("branch_starts", b, i, start, end, "the tokens up to this one");
     }
   }
 }

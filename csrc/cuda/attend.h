@@ -120,14 +120,14 @@ struct AttendKernel {
       ++token;
       const int length = prefix_length(op_, batch_);
       segment = {0, static_cast<int>(split_start(slot_ - 1)), least(length, split_start(slot_))};
-      if (op_.window < op_.prefix_tokens + op_.tokens) {
+      if (op_.window < op_.prefix_tokens + op_.branch_tokens) {
         const int first = outside_window(op_, length, least_own()) / kTileKeys * kTileKeys;
         if (first > segment.begin) segment.begin = first;
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = token_of(half);
-        first_[half] = outside_window(op_, length, token - branch_start(op_, batch_, token));
+        first_[half] = outside_window(op_, length, place_in_branch(op_, batch_, token));
         end_[half] = has_rows() ? segment.end : 0;
       }
       return segment.begin < segment.end;
@@ -135,16 +135,22 @@ struct AttendKernel {
     const int end_token = this->end_token();
 #pragma unroll 1
     while (token < end_token) {
-      const int start = branch_start(op_, batch_, token);
+      const int start = branch_start(op_, batch_, token, branch_end(op_, batch_, token));
       int first = token++;
+      if (op_.branch_ends == nullptr) {
 #pragma unroll 1
-      while (token < end_token && branch_start(op_, batch_, token) == start) ++token;
-      if (first < start + kShortBranch) first = start + kShortBranch;
-      if (first >= token) continue;
-      segment = {start, outside_window(op_, 0, first - start) / kTileKeys * kTileKeys, token - start};
+        while (token < end_token && branch_start(op_, batch_, token, token) == start) ++token;
+        if (first < start + kShortBranch) first = start + kShortBranch;
+        if (first >= token) continue;
+      } else if (branch_end(op_, batch_, first) < start + kShortBranch) {
+        continue;
+      }
+      // Ends that are given may be in any order: then a segment is what one token sees.
+      segment = {start, outside_window(op_, 0, branch_end(op_, batch_, first) - start) / kTileKeys * kTileKeys,
+                 branch_end(op_, batch_, token - 1) - start + 1};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int own = token_of(half) - start;
+        const int own = branch_end(op_, batch_, token_of(half)) - start;
         first_[half] = outside_window(op_, 0, own);
         end_[half] = has_rows() && token_of(half) >= first && token_of(half) < token ? own + 1 : 0;
       }
@@ -156,10 +162,10 @@ struct AttendKernel {
   // How long a branch the token has that looks back furthest.
   GGRO_DEVICE int least_own() const {
     const int end_token = this->end_token();
-    int own = end_token;
+    int own = static_cast<int>(op_.branch_tokens);
 #pragma unroll 1
     for (int token = first_token() + thread_.lane(); token < end_token; token += 32) {
-      own = least(own, token - branch_start(op_, batch_, token));
+      own = least(own, place_in_branch(op_, batch_, token));
     }
     for (int mask = 1; mask < 32; mask *= 2) own = least(own, thread_.shuffle_xor(own, mask));
     return own;

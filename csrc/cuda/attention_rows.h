@@ -60,8 +60,19 @@ constexpr int round_up(int columns) { return (columns + 15) / 16 * 16; }
 // 0 .. last, whatever was given: indices on a GPU are not checked.
 GGRO_DEVICE int clamped(int64_t given, int64_t last) { return given < 0 ? 0 : least(given, last); }
 
-GGRO_DEVICE int branch_start(const PrefixAttentionArgs& op, int64_t batch, int token) {
-  return clamped(op.branch_starts[batch * op.tokens + token], token);
+// Where the key and value of a token lie among those of the branches.
+GGRO_DEVICE int branch_end(const PrefixAttentionArgs& op, int64_t batch, int token) {
+  return op.branch_ends == nullptr ? token : clamped(op.branch_ends[batch * op.tokens + token], op.branch_tokens - 1);
+}
+
+GGRO_DEVICE int branch_start(const PrefixAttentionArgs& op, int64_t batch, int token, int end) {
+  return clamped(op.branch_starts[batch * op.tokens + token], end);
+}
+
+// How many tokens of its branch come before a token.
+GGRO_DEVICE int place_in_branch(const PrefixAttentionArgs& op, int64_t batch, int token) {
+  const int end = branch_end(op, batch, token);
+  return end - branch_start(op, batch, token, end);
 }
 
 GGRO_DEVICE int prefix_length(const PrefixAttentionArgs& op, int64_t batch) {

@@ -12,8 +12,8 @@
 namespace ggro::cuda {
 namespace {
 
-// A warp has 32 columns of one row, in the order of the output.
-template <typename T>
+// A warp has 32 columns of one row, in the order of the output. kEnds: there are branch_ends.
+template <typename T, bool kEnds>
 struct MergeKernel {
   using Args = AttentionArgs;
   static constexpr int kThreads = 128;
@@ -37,7 +37,8 @@ struct MergeKernel {
     const int64_t query_head = row % op.query_heads, head = query_head / args.group;
     const int64_t batch = row / op.query_heads / op.tokens;
     const int token = static_cast<int>(row / op.query_heads % op.tokens);
-    const int start = branch_start(op, batch, token), own = token - start, length = prefix_length(op, batch);
+    const int last = kEnds ? branch_end(op, batch, token) : token;
+    const int start = branch_start(op, batch, token, last), own = last - start, length = prefix_length(op, batch);
 
     float maximum = -INFINITY, sum = 0.0f, out = 0.0f;
     if (own < kShortBranch) {
@@ -102,6 +103,7 @@ struct MergeKernel {
     }
 
     const bool legal = op.branch_starts[batch * op.tokens + token] == start &&
+                       (!kEnds || op.branch_ends[batch * op.tokens + token] == start + own) &&
                        (op.prefix_lengths == nullptr || op.prefix_lengths[batch] == length);
     if (exists) static_cast<T*>(op.output)[row * op.value_width + column] = from_float<T>(legal ? out / sum : NAN);
   }
@@ -124,7 +126,7 @@ AttentionArgs arguments(const PrefixAttentionArgs& op, void* workspace) {
   args.group = static_cast<int>(op.query_heads / op.key_heads);
   args.rows = static_cast<int>(op.tokens) * args.group;
   args.slots = static_cast<int>(1 + count_splits(op.prefix_tokens));
-  args.first_slot = op.tokens > kShortBranch ? 0 : 1;
+  args.first_slot = op.branch_tokens > kShortBranch ? 0 : 1;
   args.partial_width = round_up(static_cast<int>(op.value_width));
   args.factor = op.softcap == 0.0f ? static_cast<float>(op.scale * kLog2E) : op.scale / op.softcap;
   args.cap = static_cast<float>(op.softcap * kLog2E);
@@ -156,6 +158,12 @@ void attend(AttentionArgs& args, const Stream& stream) {
   attend_in_columns<T, 128, true>(args, stream);
 }
 
+template <typename Merge>
+void merge(const AttentionArgs& args, bool attends, const Stream& stream) {
+  launch<Merge>("prefix_attention: merge", divide_up(Merge::items(args), Merge::kThreads / 32), 0, args, stream,
+                attends);
+}
+
 }  // namespace
 
 int64_t prefix_attention_workspace(const PrefixAttentionArgs& op) {
@@ -170,9 +178,11 @@ void prefix_attention(const PrefixAttentionArgs& op, void* workspace, const Stre
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
     if (attends) attend<T>(args, stream);
-    using Merge = MergeKernel<T>;
-    launch<Merge>("prefix_attention: merge", divide_up(Merge::items(args), Merge::kThreads / 32), 0, args, stream,
-                  attends);
+    if (op.branch_ends == nullptr) {
+      merge<MergeKernel<T, false>>(args, attends, stream);
+    } else {
+      merge<MergeKernel<T, true>>(args, attends, stream);
+    }
   });
 }
 

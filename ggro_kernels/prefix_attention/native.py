@@ -19,6 +19,7 @@ def prefix_attention(
     branch_key: torch.Tensor,
     branch_value: torch.Tensor,
     branch_starts: torch.Tensor,
+    branch_ends: torch.Tensor | None,
     prefix_lengths: torch.Tensor | None,
     scale: float,
     softcap: float | None,
@@ -31,6 +32,8 @@ def prefix_attention(
         with_unit_column_stride, (query, prefix_key, prefix_value, branch_key, branch_value)
     )
     branch_starts = branch_starts.contiguous()
+    if branch_ends is not None:
+        branch_ends = branch_ends.contiguous()
     if prefix_lengths is not None:
         prefix_lengths = prefix_lengths.contiguous()
     output = torch.empty(batch, tokens, query_heads, value_width, dtype=query.dtype, device=query.device)
@@ -44,12 +47,14 @@ def prefix_attention(
         _view(branch_key),
         _view(branch_value),
         branch_starts.data_ptr(),
+        address(branch_ends),
         address(prefix_lengths),
         batch,
         query_heads,
         key_heads,
         tokens,
         prefix_tokens,
+        branch_key.shape[2],
         key_width,
         value_width,
         scale,

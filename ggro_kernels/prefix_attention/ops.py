@@ -13,6 +13,7 @@ def _fake(
     branch_key: torch.Tensor,
     branch_value: torch.Tensor,
     branch_starts: torch.Tensor,
+    branch_ends: torch.Tensor | None,
     prefix_lengths: torch.Tensor | None,
     scale: float,
     softcap: float | None,
@@ -25,7 +26,8 @@ def _fake(
 
 prefix_attention_op = register(
     "prefix_attention(Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor branch_key, Tensor branch_value, "
-    "Tensor branch_starts, Tensor? prefix_lengths, float scale, float? softcap, SymInt? window, str impl) -> Tensor",
+    "Tensor branch_starts, Tensor? branch_ends, Tensor? prefix_lengths, float scale, float? softcap, SymInt? window, "
+    "str impl) -> Tensor",
     reference=reference.prefix_attention,
     fake=_fake,
     native=native.prefix_attention,

@@ -13,27 +13,31 @@ def prefix_attention(
     branch_key: torch.Tensor,
     branch_value: torch.Tensor,
     branch_starts: torch.Tensor,
+    branch_ends: torch.Tensor | None,
     prefix_lengths: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
     """output [B, Hq, T, Dv] of query [B, Hq, T, D]; keys, values and branches as in the public function."""
-    prefix_tokens, tokens = prefix_key.shape[2], query.shape[2]
-    token = torch.arange(tokens, device=query.device)
-    check_indices("branch_starts", branch_starts, token, "the tokens up to this one")
+    prefix_tokens, branch_tokens, tokens = prefix_key.shape[2], branch_key.shape[2], query.shape[2]
+    if branch_ends is None:
+        branch_ends = torch.arange(tokens, device=query.device).expand_as(branch_starts)
+    check_indices("branch_ends", branch_ends, branch_tokens - 1, "the branch tokens there are")
+    check_indices("branch_starts", branch_starts, branch_ends, "the tokens up to this one")
     if prefix_lengths is None:
         prefix_lengths = branch_starts.new_full(branch_starts.shape[:1], prefix_tokens)
     check_indices("prefix_lengths", prefix_lengths, prefix_tokens, "the prefix tokens there are")
 
     place = torch.arange(prefix_tokens, device=query.device)
     in_prefix = (place < prefix_lengths[:, None])[:, None, :]
-    in_branch = (token >= branch_starts[:, :, None]) & (token <= token[:, None])
+    branch_place = torch.arange(branch_tokens, device=query.device)
+    in_branch = (branch_place >= branch_starts[:, :, None]) & (branch_place <= branch_ends[:, :, None])
     visible = torch.cat([in_prefix.expand(-1, tokens, -1), in_branch], 2)
     if window is not None:
-        position = (prefix_lengths[:, None] + token - branch_starts)[:, :, None]
+        position = (prefix_lengths[:, None] + branch_ends - branch_starts)[:, :, None]
         prefix_position = place.expand(len(branch_starts), tokens, -1)
-        branch_position = position - token[:, None] + token
+        branch_position = position - branch_ends[:, :, None] + branch_place
         visible &= torch.cat([prefix_position, branch_position], 2) > position - window
 
     accumulate = accumulation_dtype(query)

@@ -64,6 +64,7 @@ def prefix_attention(
     branch_key: torch.Tensor,
     branch_value: torch.Tensor,
     branch_starts: torch.Tensor,
+    branch_ends: torch.Tensor | None,
     prefix_lengths: torch.Tensor | None,
     scale: float,
     softcap: float | None,
@@ -71,13 +72,16 @@ def prefix_attention(
 ) -> torch.Tensor:
     """output [B, Hq, T, Dv]; arguments as in the public function.
 
-    On a GPU a token whose branch start or prefix length is out of range gets NaN. One launch where there is no prefix
-    and no branch can be longer than 16 tokens, else two.
+    On a GPU a token whose branch start, branch end or prefix length is out of range gets NaN. One launch where there is
+    no prefix and no branch can be longer than 16 tokens, else two.
     """
     batch, query_heads, tokens, key_width = query.shape
     _, key_heads, prefix_tokens, value_width = prefix_value.shape
+    branch_tokens = branch_key.shape[2]
     if query.device.type == "cpu":
-        check_indices("branch_starts", branch_starts, torch.arange(tokens), "the tokens up to this one")
+        ends = torch.arange(tokens).expand_as(branch_starts) if branch_ends is None else branch_ends
+        check_indices("branch_ends", ends, branch_tokens - 1, "the branch tokens there are")
+        check_indices("branch_starts", branch_starts, ends, "the tokens up to this one")
         if prefix_lengths is not None:
             check_indices("prefix_lengths", prefix_lengths, prefix_tokens, "the prefix tokens there are")
     output = torch.empty(batch, tokens, query_heads, value_width, dtype=query.dtype, device=query.device)
@@ -87,12 +91,14 @@ def prefix_attention(
         with_unit_column_stride, (query, prefix_key, prefix_value, branch_key, branch_value)
     )
     branch_starts = branch_starts.contiguous()
+    if branch_ends is not None:
+        branch_ends = branch_ends.contiguous()
     if prefix_lengths is not None:
         prefix_lengths = prefix_lengths.contiguous()
 
     group = query_heads // key_heads
     splits = split_count(prefix_tokens)
-    branches = tokens > SHORT_BRANCH.value
+    branches = branch_tokens > SHORT_BRANCH.value
     partials = torch.empty(
         batch * key_heads, 1 + splits, tokens * group, value_width, dtype=torch.float32, device=query.device
     )
@@ -102,8 +108,8 @@ def prefix_attention(
     queries = (query, *query.stride()[:3])
     branch = (branch_key, *branch_key.stride()[:3], branch_value, *branch_value.stride()[:3])
     prefix = (prefix_key, *prefix_key.stride()[:3], prefix_value, *prefix_value.stride()[:3])
-    workspace = (branch_starts, prefix_lengths, maxima, sums, partials)
-    sizes = (tokens, prefix_tokens, min(window or 0, prefix_tokens + tokens), 1 + splits)
+    workspace = (branch_starts, branch_ends, prefix_lengths, maxima, sums, partials)
+    sizes = (tokens, prefix_tokens, branch_tokens, min(window or 0, prefix_tokens + branch_tokens), 1 + splits)
     factors = (scale * math.log2(math.e), 0.0) if softcap is None else (scale / softcap, softcap * math.log2(math.e))
     constants = {
         "KEY_HEADS": key_heads,

@@ -137,7 +137,7 @@ def _attend(
     return b_max, b_sum, b_out
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix_tokens", "window", "slots"])
+@triton.jit(do_not_specialize=["tokens", "prefix_tokens", "branch_tokens", "window", "slots"])
 def attend_kernel(
     p_query,
     query_batch,
@@ -160,12 +160,14 @@ def attend_kernel(
     prefix_value_head,
     prefix_value_token,
     p_starts,
+    p_ends,
     p_lengths,
     p_maxima,
     p_sums,
     p_partials,
     tokens,
     prefix_tokens,
+    branch_tokens,
     window,
     slots,
     factor,
@@ -200,7 +202,10 @@ def attend_kernel(
 
     m_row = o_row < rows
     o_token = o_row // GROUP
-    b_own = o_token - _clamp(tl.load(p_starts + batch * tokens + o_token, mask=m_row, other=0), o_token)
+    b_last = o_token
+    if p_ends is not None:
+        b_last = _clamp(tl.load(p_ends + batch * tokens + o_token, mask=m_row, other=0), branch_tokens - 1)
+    b_own = b_last - _clamp(tl.load(p_starts + batch * tokens + o_token, mask=m_row, other=0), b_last)
     length = prefix_tokens
     if p_lengths is not None:
         length = _clamp(tl.load(p_lengths + batch), prefix_tokens)
@@ -220,7 +225,7 @@ def attend_kernel(
             key_stride, value_stride = branch_key_token, branch_value_token
             b_first = tl.maximum(b_unseen - length, 0)
             b_end = b_own + 1
-            b_segment = tl.where(m_row & (b_own >= SHORT_BRANCH), o_token - b_own, NO_SEGMENT)
+            b_segment = tl.where(m_row & (b_own >= SHORT_BRANCH), b_last - b_own, NO_SEGMENT)
 
     m_attends = b_segment != NO_SEGMENT
     if tl.min(b_segment, 0) != NO_SEGMENT:
@@ -253,7 +258,7 @@ def attend_kernel(
                 tl.store(p_partial + o_v[None, :], b_some, mask=m_attends[:, None] & (o_v < VALUE_WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "prefix_tokens", "window", "slots"])
+@triton.jit(do_not_specialize=["tokens", "prefix_tokens", "branch_tokens", "window", "slots"])
 def merge_kernel(
     p_query,
     query_batch,
@@ -268,6 +273,7 @@ def merge_kernel(
     branch_value_head,
     branch_value_token,
     p_starts,
+    p_ends,
     p_lengths,
     p_maxima,
     p_sums,
@@ -275,6 +281,7 @@ def merge_kernel(
     p_output,
     tokens,
     prefix_tokens,
+    branch_tokens,
     window,
     slots,
     factor,
@@ -299,10 +306,16 @@ def merge_kernel(
     o_token = o_row // (KEY_HEADS * GROUP)
     o_batch = (o_token // tokens).to(tl.int64)
     b_given = tl.load(p_starts + o_token, mask=m_row, other=0)
+    b_last = o_token % tokens
+    m_legal = m_row
+    if p_ends is not None:
+        b_given_end = tl.load(p_ends + o_token, mask=m_row, other=0)
+        b_last = _clamp(b_given_end, branch_tokens - 1)
+        m_legal &= b_given_end == b_last
     o_token = o_token % tokens
-    b_start = _clamp(b_given, o_token)
-    m_legal = b_given == b_start
-    b_own = o_token - b_start
+    b_start = _clamp(b_given, b_last)
+    m_legal &= b_given == b_start
+    b_own = b_last - b_start
     b_length = prefix_tokens + tl.full([BLOCK_R], 0, tl.int32)
     if p_lengths is not None:
         b_given = tl.load(p_lengths + o_batch, mask=m_row, other=0)
@@ -336,7 +349,8 @@ def merge_kernel(
     b_max = tl.max(b_score, 1)
     # Scores that are all -inf have no finite difference from their maximum.
     b_weight = tl.exp2(b_score - tl.where(b_max == -float("inf"), 0.0, b_max)[:, None])
-    b_sum = tl.sum(b_weight, 1)
+    # Divided by it the row is NaN, and no flag takes a register until then.
+    b_sum = tl.where(m_legal, tl.sum(b_weight, 1), float("nan"))
     b_value = tl.load(p_value[:, :, None] + o_v[None, None, :], mask=m_n[:, :, None] & m_v[None, None, :], other=0.0)
     b_out = tl.sum(b_weight[:, :, None] * b_value.to(tl.float32), 1)  # [BLOCK_R, BLOCK_V]
 
@@ -364,6 +378,6 @@ def merge_kernel(
         b_sum = b_sum * b_rescale + tl.sum(b_factor * b_sums, 1)
         b_out = b_out * b_rescale[:, None] + tl.sum(b_factor[:, :, None] * b_outs, 1)
 
-    b_out = tl.where(m_legal[:, None], tl.div_rn(b_out, b_sum[:, None]), float("nan"))
+    b_out = tl.div_rn(b_out, b_sum[:, None])
     p_out = p_output + o_row.to(tl.int64)[:, None] * VALUE_WIDTH + o_v[None, :]
     tl.store(p_out, rounded(b_out, p_output.dtype.element_ty), mask=m_row[:, None] & m_v[None, :])

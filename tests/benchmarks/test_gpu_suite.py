@@ -42,7 +42,7 @@ def test_names_are_unique():
 
 def test_every_op_of_the_package_has_a_quick_and_a_shown_case():
     ops = {case.op for case in CASES}
-    assert ops == {case.op for case in load_cases()} - {"interleaved_forward"}
+    assert ops == {case.op for case in load_cases()} - {"batch_invariant_linear", "interleaved_forward"}
     for op in ops:
         cases = load_cases([op], gpu=True)
         assert sum(case.quick for case in cases) == 1

@@ -74,16 +74,19 @@ def _prefix_attention(
     def empty(heads: int, length: int, width: int) -> torch.Tensor:
         return torch.empty(2, heads, length, width, dtype=dtype)
 
+    branch_tokens = 512 if every_option else tokens
     (query_heads, key_heads), (width, value_width) = heads, widths
     options: dict = {}
     if every_option:
-        options = {"prefix_lengths": torch.zeros(2, dtype=torch.int64), "window": 100, "softcap": 5.0}
+        ends = torch.zeros(2, tokens, dtype=torch.int64)
+        lengths = torch.zeros(2, dtype=torch.int64)
+        options = {"branch_ends": ends, "prefix_lengths": lengths, "window": 100, "softcap": 5.0}
     prefix_attention(
         empty(query_heads, tokens, width),
         empty(key_heads, 2048, width),
         empty(key_heads, 2048, value_width),
-        empty(key_heads, tokens, width),
-        empty(key_heads, tokens, value_width),
+        empty(key_heads, branch_tokens, width),
+        empty(key_heads, branch_tokens, value_width),
         torch.zeros(2, tokens, dtype=torch.int64),
         **options,
         impl="triton",

@@ -34,6 +34,7 @@ def _placed(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+batch_invariant_linear = _placed(ggro_kernels.batch_invariant_linear)
 candidate_scores = _placed(ggro_kernels.candidate_scores)
 entropy_topk = _placed(ggro_kernels.entropy_topk)
 lm_head_entropy_topk = _placed(ggro_kernels.lm_head_entropy_topk)

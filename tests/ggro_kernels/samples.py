@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ggro_kernels import (
+    batch_invariant_linear,
     candidate_scores,
     entropy_topk,
     lm_head_entropy_topk,
@@ -74,6 +75,26 @@ def _attention(
 def _samples() -> dict[str, OpSample]:
     bf16, fp64 = torch.bfloat16, torch.float64
     return {
+        "batch_invariant_linear fp32": OpSample(
+            batch_invariant_linear, {"x": _normal(7, 1376), "weight": _normal(512, 1376)}
+        ),
+        "batch_invariant_linear bf16 with a bias, strides and more dimensions": OpSample(
+            batch_invariant_linear,
+            {
+                "x": _normal(2, 3, 100, dtype=bf16)[..., ::2],
+                "weight": _normal(33, 60, dtype=bf16)[:, :50],
+                "bias": _normal(33, dtype=bf16),
+            },
+        ),
+        "batch_invariant_linear one row": OpSample(
+            batch_invariant_linear, {"x": _normal(130), "weight": _normal(130, 4000).t()}
+        ),
+        "batch_invariant_linear no rows": OpSample(
+            batch_invariant_linear, {"x": _normal(0, 33), "weight": _normal(50, 33)}
+        ),
+        "batch_invariant_linear fp64": OpSample(
+            batch_invariant_linear, {"x": _normal(2, 10, dtype=fp64), "weight": _normal(3, 10, dtype=fp64)}
+        ),
         "candidate_scores fp32": OpSample(
             candidate_scores, {"gradient": _normal(4, 33), "table": _normal(50, 33), "ids": _ids(50, 4, 5)}
         ),
@@ -165,6 +186,16 @@ def _samples() -> dict[str, OpSample]:
             prefix_attention,
             _attention(6, 1, 100, (3, 1, 4), bf16)
             | {"prefix_lengths": torch.tensor([100, 60]), "scale": 0.3, "softcap": 5.0, "window": 50},
+        ),
+        "prefix_attention of branches in one buffer": OpSample(
+            prefix_attention,
+            _attention(4, 2, 70, (9, 1, 20))
+            | {
+                "query": _normal(2, 4, 3, 24),
+                "branch_starts": torch.tensor([[10, 9, 0], [29, 2, 2]]),
+                "branch_ends": torch.tensor([[29, 9, 4], [29, 20, 8]]),
+                "prefix_lengths": torch.tensor([70, 33]),
+            },
         ),
         "prefix_attention no prefix": OpSample(prefix_attention, _attention(2, 2, 0, (9,))),
         "prefix_attention no tokens": OpSample(prefix_attention, _attention(2, 2, 30, ())),

@@ -108,6 +108,7 @@ def test_auto_on_a_gpu_is_native_then_triton(monkeypatch: pytest.MonkeyPatch) ->
     gpu = torch.device("cuda", 0)
     assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) == "native"
     assert dispatch.resolve("auto", gpu, torch.float32, cuda=False) == "triton"
+    assert dispatch.resolve("auto", gpu, torch.float32, cuda=False, triton=False) == "reference"
     assert dispatch.resolve("auto", gpu, torch.float64, cuda=True) == "reference"
     monkeypatch.setattr(dispatch, "cuda_error", lambda device: "there is no driver")
     assert dispatch.resolve("auto", gpu, torch.float32, cuda=True) == "triton"

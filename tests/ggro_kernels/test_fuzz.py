@@ -23,6 +23,7 @@ from tests.ggro_kernels import test_prefix_attention as attention_tests
 from tests.ggro_kernels import test_project_topk as project_topk_tests
 from tests.ggro_kernels.implementations import on_threads
 from tests.ggro_kernels.placed import (
+    batch_invariant_linear,
     candidate_scores,
     entropy_topk,
     lm_head_entropy_topk,
@@ -118,6 +119,42 @@ def test_candidate_scores(kernel_impl: str, data: st.DataObject, threads: int) -
     magnitudes = candidate_scores(gradient.double().abs(), table.double().abs(), ids, impl="reference")
     scale = magnitudes.nan_to_num(nan=0.0, posinf=0.0).sum(1)
     assert_rows_within_budget(scores, same_precision, oracle, scale=scale, what="scores")
+
+
+@given(data=st.data(), threads=strategies.thread_counts)
+def test_batch_invariant_linear(native_impl: str, data: st.DataObject, threads: int) -> None:
+    rows, outputs = data.draw(st.integers(0, 14)), data.draw(strategies.sizes(100, 129))
+    width = data.draw(st.one_of(st.just(0), strategies.sizes(300, 1024, 2049)))
+    dtype, exact = data.draw(strategies.dtypes), data.draw(st.booleans())
+    # Larger numbers would overflow in fp32 only; whole numbers up to 256 have no rounding in any dtype.
+    tensors = strategies.integer_valued if exact else partial(strategies.tensors, largest=1e15)
+    x, weight = data.draw(tensors((rows, width), dtype)), data.draw(tensors((outputs, width), dtype))
+    gradient = data.draw(tensors((rows, outputs), dtype))
+    backward = torch.ops.ggro_kernels.batch_invariant_linear_backward
+    for forward, left, right in ((True, x, weight.t()), (False, gradient, weight)):
+
+        def run(forward: bool = forward, left: torch.Tensor = left) -> torch.Tensor:
+            if forward:
+                return batch_invariant_linear(left, weight, impl=native_impl)
+            return backward(left, weight, native_impl)
+
+        result = run()
+        assert_bitwise_equal(shared_by(threads, run), result)
+        for row in range(rows):
+            assert_bitwise_equal(run(left=left[row : row + 1]), result[row : row + 1])
+        if exact:
+            # Every sum is exact in fp32, and rounded once.
+            assert torch.equal(result, (left.float() @ right.float()).to(dtype))
+            continue
+        # A product for each pair: a BLAS may let an infinity of one row spoil another.
+        products = left.double()[:, None] * right.double().t()[None]
+        same_precision = (left.float()[:, None] * right.float().t()[None]).sum(2).to(dtype)
+        oracle = products.sum(2)
+        # What is beyond the dtype is an infinity.
+        oracle = torch.where(oracle.isfinite() & oracle.to(dtype).isinf(), oracle.to(dtype).double(), oracle)
+        magnitudes = products.abs().nan_to_num(nan=0.0, posinf=0.0).sum(2)
+        scale = magnitudes.amax(1) if magnitudes.numel() else torch.zeros(rows)
+        assert_rows_within_budget(result, same_precision, oracle, scale=scale, what="products")
 
 
 @st.composite
@@ -327,28 +364,33 @@ def test_weighted_bt_loss(kernel_impl: str, data: st.DataObject, threads: int) -
 
 @st.composite
 def attentions(draw: Any) -> dict[str, Any]:
-    """Arguments of prefix_attention: any grouping, widths, layouts and branch starts."""
+    """Arguments of prefix_attention: any grouping, widths, layouts, branch starts and ends."""
     batch, key_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     query_heads = key_heads * draw(st.sampled_from((1, 2, 3, 4, 7)))
     width, value_width = draw(strategies.sizes(40, 64, 129)), draw(strategies.sizes(40, 64, 129))
     prefix, tokens = draw(st.one_of(st.integers(0, 5), st.integers(0, 200))), draw(st.integers(0, 9))
     generator = torch.Generator().manual_seed(draw(strategies.seeds))
     dtype, magnitude = draw(strategies.dtypes), draw(st.sampled_from((1.0, 0.1, 4.0)))
+    branch_tokens = draw(st.one_of(st.none(), st.integers(1, 5), st.integers(1, 200)))
     arguments: dict[str, Any] = {}
     lengths = torch.randint(prefix + 1, (batch,), generator=generator) if draw(st.booleans()) else None
     for name, heads, length, columns in (
         ("query", query_heads, tokens, width),
         ("prefix_key", key_heads, prefix, width),
         ("prefix_value", key_heads, prefix, value_width),
-        ("branch_key", key_heads, tokens, width),
-        ("branch_value", key_heads, tokens, value_width),
+        ("branch_key", key_heads, branch_tokens or tokens, width),
+        ("branch_value", key_heads, branch_tokens or tokens, value_width),
     ):
         x = magnitude * torch.randn(batch, heads, length, columns, generator=generator)
         if name.startswith("prefix") and lengths is not None:
             # In every row, since the batch may be expanded.
             x[:, :, int(lengths.max()) :] = torch.nan
         arguments[name] = draw(strategies.layouts(x.to(dtype)))
-    if draw(st.booleans()):
+    if branch_tokens is not None:
+        ends = torch.randint(branch_tokens, (batch, tokens), generator=generator)
+        starts = (torch.rand(batch, tokens, generator=generator) * (ends + 1)).long()
+        arguments["branch_ends"] = ends.t().contiguous().t() if draw(st.booleans()) else ends
+    elif draw(st.booleans()):
         starts = (torch.rand(batch, tokens, generator=generator) * torch.arange(1, tokens + 1)).long()
     else:
         begins = torch.rand(batch, tokens, generator=generator) < draw(st.sampled_from((0.0, 0.3, 1.0)))

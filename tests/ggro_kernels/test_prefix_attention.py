@@ -55,14 +55,17 @@ def attend_token_by_token(arguments: Arguments, dtype: torch.dtype) -> torch.Ten
     )
     batch, query_heads, tokens, width = query.shape
     scale = arguments.get("scale", width**-0.5)
+    ends = arguments.get("branch_ends")
+    if ends is None:
+        ends = torch.arange(tokens).expand(batch, -1)
     output = query.new_zeros(batch, query_heads, tokens, prefix_value.shape[3])
     for b in range(batch):
         lengths = arguments.get("prefix_lengths")
         length = prefix_key.shape[2] if lengths is None else int(lengths[b])
         for i in range(tokens):
-            start = int(arguments["branch_starts"][b, i])
-            keys = torch.cat([prefix_key[b, :, :length], branch_key[b, :, start : i + 1]], 1)
-            values = torch.cat([prefix_value[b, :, :length], branch_value[b, :, start : i + 1]], 1)
+            own = slice(int(arguments["branch_starts"][b, i]), int(ends[b, i]) + 1)
+            keys = torch.cat([prefix_key[b, :, :length], branch_key[b, :, own]], 1)
+            values = torch.cat([prefix_value[b, :, :length], branch_value[b, :, own]], 1)
             seen = min(keys.shape[1], arguments.get("window") or keys.shape[1])
             for h in range(query_heads):
                 key_head = h * len(keys) // query_heads

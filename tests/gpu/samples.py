@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ggro_kernels import dispatch
 from ggro_kernels.dispatch import KERNEL_DTYPES
-from ggro_kernels.library import has_cuda_kernels
+from ggro_kernels.library import has_cuda_kernels, has_triton_kernels
 from tests.conftest import poison
 from tests.ggro_kernels.op_calls import outputs_of
 from tests.ggro_kernels.placed import to_gpu
@@ -21,19 +21,21 @@ requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch s
 
 
 def has_kernels(sample: OpSample) -> bool:
-    """fp64 is for the eager reference."""
+    """fp64, and an op without kernels for a GPU, are for the eager reference."""
+    if not impls_of(sample.function.__name__):
+        return False
     floating = [x for x in sample.arguments.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     return all(x.dtype in KERNEL_DTYPES for x in floating)
+
+
+def impls_of(op: str) -> tuple[str, ...]:
+    """The values of `impl=` that run the op's own kernels on a GPU."""
+    return ("triton",) * has_triton_kernels(op) + ("native",) * has_cuda_kernels(op)
 
 
 KERNEL_SAMPLES = {name: sample for name, sample in SAMPLES.items() if has_kernels(sample)}
 
 sampled = pytest.mark.parametrize("sample", [pytest.param(sample, id=name) for name, sample in KERNEL_SAMPLES.items()])
-
-
-def impls_of(op: str) -> tuple[str, ...]:
-    """The values of `impl=` that run the op's own kernels on a GPU."""
-    return ("triton", "native") if has_cuda_kernels(op) else ("triton",)
 
 
 def requires(impl: str) -> pytest.MarkDecorator:

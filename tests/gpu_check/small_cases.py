@@ -90,6 +90,9 @@ def prefix_attention() -> Iterator[Call]:
             "branch_starts": torch.tensor([starts]),
         }
         yield Call("prefix_attention", arguments)
+        backwards = {"branch_starts": torch.zeros_like(arguments["branch_starts"])}
+        backwards["branch_ends"] = torch.arange(tokens).flip(0)[None]
+        yield Call("prefix_attention", {**arguments, **backwards})
 
 
 def projections() -> Iterator[Call]:

@@ -45,8 +45,8 @@ void lm_head_entropy_topk(const LmHeadEntropyTopKArgs& args, void* workspace, co
 int64_t project_topk_workspace(const ProjectTopKArgs& args);
 void project_topk(const ProjectTopKArgs& args, void* workspace, const Stream& stream);
 
-// A token whose branch start or whose row's prefix length is out of range gets NaN. Fewer than 2^31 rows of a key head,
-// tokens of a prefix, and columns.
+// A token whose branch start or end or whose row's prefix length is out of range gets NaN. Fewer than 2^31 rows of a
+// key head, tokens of a prefix, tokens of branches, and columns.
 int64_t prefix_attention_workspace(const PrefixAttentionArgs& args);
 void prefix_attention(const PrefixAttentionArgs& args, void* workspace, const Stream& stream);
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "ggro/batch_invariant_linear.h"
 #include "ggro/candidate_scores.h"
 #include "ggro/entropy_topk.h"
 #include "ggro/entropy_topk_backward.h"
@@ -12,16 +13,18 @@
 
 // Every op, by function and argument struct: void function(const Args&). The declarations, the choice of instruction
 // set and the public entry points are all generated from this list.
-#define GGRO_OPS(X)                                 \
-  X(candidate_scores, CandidateScoresArgs)          \
-  X(entropy_topk, EntropyTopKArgs)                  \
-  X(entropy_topk_backward, EntropyTopKBackwardArgs) \
-  X(lm_head_entropy_topk, LmHeadEntropyTopKArgs)    \
-  X(merge_partials, MergePartialsArgs)              \
-  X(prefix_attention, PrefixAttentionArgs)          \
-  X(project_topk, ProjectTopKArgs)                  \
-  X(score_select, ScoreSelectArgs)                  \
-  X(weighted_bt_loss, WeightedBTLossArgs)           \
+#define GGRO_OPS(X)                                                    \
+  X(batch_invariant_linear, BatchInvariantLinearArgs)                  \
+  X(batch_invariant_linear_backward, BatchInvariantLinearBackwardArgs) \
+  X(candidate_scores, CandidateScoresArgs)                             \
+  X(entropy_topk, EntropyTopKArgs)                                     \
+  X(entropy_topk_backward, EntropyTopKBackwardArgs)                    \
+  X(lm_head_entropy_topk, LmHeadEntropyTopKArgs)                       \
+  X(merge_partials, MergePartialsArgs)                                 \
+  X(prefix_attention, PrefixAttentionArgs)                             \
+  X(project_topk, ProjectTopKArgs)                                     \
+  X(score_select, ScoreSelectArgs)                                     \
+  X(weighted_bt_loss, WeightedBTLossArgs)                              \
   X(weighted_bt_loss_backward, WeightedBTLossArgs)
 
 namespace ggro {

@@ -9,6 +9,7 @@ import torch
 
 import ggro_kernels
 from ggro_kernels import dispatch
+from ggro_kernels.library import has_triton_kernels
 from ggro_kernels.testing import assert_within_budget
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +34,8 @@ def check_kernels() -> Iterator[CheckResult]:
         impls.append("triton")
     for op, make_cases in _CASES.items():
         for impl in impls:
+            if impl == "triton" and not has_triton_kernels(op):
+                continue
             yield _check(op, impl, (case for dtype in _DTYPES for case in make_cases(dtype)))
 
 
@@ -86,6 +89,18 @@ def _in_fp64(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def _batch_invariant_linear(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, width, outputs, biased in (
+        (1, 512, 200, False),
+        (5, 37, 51, True),
+        (9, 1024, 24, True),
+        (0, 16, 10, False),
+    ):
+        bias = _normal(dtype, outputs) if biased else None
+        weight = _normal(dtype, outputs, width)
+        yield {"x": _normal(dtype, rows, width).requires_grad_(), "weight": weight, "bias": bias}
 
 
 def _candidate_scores(dtype: torch.dtype) -> Iterator[Case]:
@@ -163,6 +178,7 @@ def _weighted_bt_loss(dtype: torch.dtype) -> Iterator[Case]:
 
 
 _CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+    "batch_invariant_linear": _batch_invariant_linear,
     "candidate_scores": _candidate_scores,
     "entropy_topk": _entropy_topk,
     "lm_head_entropy_topk": _lm_head_entropy_topk,
