@@ -8,15 +8,12 @@ from transformers import PreTrainedModel
 from ggro_hf.attention import PREFIX_ATTENTION, attending
 from ggro_hf.cache import RewindableCache
 from ggro_hf.graphs import CAPTURES, Captured
-from ggro_hf.models import TOLERANCE, device_of
+from ggro_hf.models import TOLERANCE, device_of, embedding_rows
 from ggro_hf.reading import Reader
-from ggro_hf.transfer import Transfer, pack, to_device
+from ggro_hf.recording import CaptureError
+from ggro_hf.transfer import Arrival, Copies, Transfer, pack, to_device
 
 _MOST_READERS = 8
-
-
-class CaptureError(RuntimeError):
-    """Why a model's pass cannot be captured."""
 
 
 class _Ahead(NamedTuple):
@@ -25,7 +22,7 @@ class _Ahead(NamedTuple):
     token: int
     position: int
     reader: Reader[Any]
-    transfer: Transfer
+    transfer: Arrival
 
 
 class DecodeStep:
@@ -56,8 +53,10 @@ class DecodeStep:
         self._inputs = torch.tensor([0, 0, self.rows - 1], device="cpu").to(device)
         self._held: tuple[int, int] | None = None
         self._ahead: _Ahead | None = None
-        self._readings: dict[Reader[Any], Captured[tuple[torch.Tensor, ...]]] = {}
-        self._place(token_ids[-1], len(token_ids) - 1)
+        # What a reader makes of the logits, and on a device of its own the same as one tensor.
+        self._readings: dict[Reader[Any], Captured[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]] = {}
+        # Values that Python took from this token would be found out by the next.
+        self._place((token_ids[-1] + 1) % embedding_rows(model), len(token_ids) - 1)
         static = cache.static(self._inputs[1:], masked=attention != PREFIX_ATTENTION)
         token, position = self._inputs[:1, None], self._inputs[1:2, None]
 
@@ -71,6 +70,7 @@ class DecodeStep:
             return logits
 
         self._forward: Captured[torch.Tensor] = CAPTURES[device.type](one_token, device)  # type: ignore[assignment]
+        self._place(token_ids[-1], len(token_ids) - 1)
         self._forward.replay()
         _check(self._forward.outputs, expected)
 
@@ -78,17 +78,19 @@ class DecodeStep:
         """Make sure that `run` can read with that reader. Raises whatever keeps it from being captured."""
         if reader in self._readings:
             return
-        inputs, logits = self._inputs, self._forward.outputs
+        inputs, logits, asynchronous = self._inputs, self._forward.outputs, self._forward.asynchronous
 
         @torch.inference_mode()
-        def read() -> tuple[torch.Tensor, ...]:
+        def read() -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
             tensors = reader.on_device(logits)
             inputs[:1].copy_(tensors[0][:1])
             inputs[1:2].add_(1)
-            return pack(tensors), *tensors
+            return tensors, pack(tensors) if asynchronous else None
 
         self.stop()
         reading: Any = CAPTURES[inputs.device.type](read, inputs.device)
+        # What cannot be replayed must say so now.
+        reading.replay()
         self._held = None
         while len(self._readings) >= _MOST_READERS:
             del self._readings[next(iter(self._readings))]
@@ -98,14 +100,15 @@ class DecodeStep:
         """What the reader makes of the logits after `token` at that position, on the host.
 
         With `run_ahead` the step of the token that follows if the likeliest does is launched too, before the host waits
-        for this one. Until the next call, everything before that position must stay as it is, or `stop` be called.
+        for this one, where it has to wait. Until the next call, everything before that position must stay as it is, or
+        `stop` be called.
         """
         if self._ahead is not None and self._ahead[:3] == (token, position, reader):
             transfer = self._ahead.transfer
         else:
             self._place(token, position)
             transfer = self._launch(reader)
-        following = self._launch(reader) if run_ahead else None
+        following = self._launch(reader) if run_ahead and self._forward.asynchronous else None
         tensors = transfer.wait()
         likeliest = int(tensors[0][0])
         self._ahead = None if following is None else _Ahead(likeliest, position + 1, reader, following)
@@ -121,14 +124,14 @@ class DecodeStep:
             self._inputs[:2].copy_(torch.tensor([token, position], device="cpu"), non_blocking=True)
             self._held = (token, position)
 
-    def _launch(self, reader: Reader[Any]) -> Transfer:
+    def _launch(self, reader: Reader[Any]) -> Arrival:
         reading = self._readings[reader]
         self._forward.replay()
         reading.replay()
         self._held = None
         self.launches += 1
-        packed, *tensors = reading.outputs
-        return Transfer(packed, tensors)
+        tensors, packed = reading.outputs
+        return Copies(tensors) if packed is None else Transfer(packed, tensors)
 
 
 def _check(logits: torch.Tensor, expected: torch.Tensor) -> None:

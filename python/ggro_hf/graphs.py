@@ -1,10 +1,12 @@
-"""A function of tensors at fixed addresses, run again as one launch: what a decode step needs a GPU for."""
+"""A function of tensors at fixed addresses, run again at the least cost: what a decode step is captured with."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import torch
+
+from ggro_hf.recording import Recording
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -15,6 +17,10 @@ class Captured(Protocol[R_co]):
 
     @property
     def outputs(self) -> R_co: ...
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a replay returns before it is done, and the host can do something else meanwhile."""
 
     def replay(self) -> None:
         """Run again, on the current stream."""
@@ -27,6 +33,8 @@ class CudaGraph(Generic[R]):
     neither wait for the device nor draw random numbers. Raises what the function raises, and RuntimeError where it
     waits for the device.
     """
+
+    asynchronous = True
 
     def __init__(self, function: Callable[[], R], device: torch.device) -> None:
         with torch.cuda.device(device):
@@ -48,7 +56,10 @@ class CudaGraph(Generic[R]):
         self._graph.replay()
 
 
-CAPTURES: dict[str, Callable[[Callable[[], object], torch.device], Captured[object]]] = {"cuda": CudaGraph}
+CAPTURES: dict[str, Callable[[Callable[[], object], torch.device], Captured[object]]] = {
+    "cpu": Recording,
+    "cuda": CudaGraph,
+}
 """What captures functions, by the type of device; on others a decode step is an ordinary forward pass."""
 
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from ggro_hf.attention import PREFIX_ATTENTION
 from ggro_hf.cache import RewindableCache
-from ggro_hf.decode_step import CaptureError, DecodeStep, forward
+from ggro_hf.decode_step import DecodeStep, forward
 from ggro_hf.graphs import CAPTURES
 from ggro_hf.models import device_of
 from ggro_hf.reading import Reader
+from ggro_hf.recording import CaptureError
 from ggro_hf.transfer import wait_for
 from ggro_kernels.library import automatic
 
@@ -74,7 +75,7 @@ def lend(borrower: object, model: PreTrainedModel, capacity: int) -> Slot:
     device = device_of(model)
     if device.type not in CAPTURES:
         return Slot(RewindableCache(model.config, capacity))
-    fingerprint = _fingerprint(model)
+    fingerprint = fingerprint_of(model)
     if fingerprint == _refusals.get(model, (None, ""))[0]:
         return Slot(RewindableCache(model.config, capacity))
     _refusals.pop(model, None)
@@ -96,9 +97,11 @@ def lend(borrower: object, model: PreTrainedModel, capacity: int) -> Slot:
 
 def describe(model: PreTrainedModel) -> str:
     """How the model's tokens are decoded, for people."""
+    kind = device_of(model).type
+    captured = "a recording of one" if kind == "cpu" else "a CUDA graph"
     if model in _refusals:
-        return f"ordinary forward passes, not as a CUDA graph: {_refusals[model][1]}"
-    return "a CUDA graph" if device_of(model).type in CAPTURES else "ordinary forward passes"
+        return f"ordinary forward passes, not as {captured}: {_refusals[model][1]}"
+    return captured if kind in CAPTURES else "ordinary forward passes"
 
 
 def _take_back(model_reference: weakref.ref[PreTrainedModel], slot: Slot, device: torch.device) -> None:
@@ -123,7 +126,7 @@ def _room(capacity: int) -> int:
 
 
 def _capture(model: PreTrainedModel, cache: RewindableCache, token_ids: list[int]) -> DecodeStep:
-    _check_model(model)
+    check_capturable(model)
     length = len(token_ids) - 1
     expected = forward(model, cache, token_ids[length:]).clone()
     cache.rewind(length)
@@ -146,7 +149,7 @@ def _attentions(model: PreTrainedModel) -> list[str]:
     return [own] if own == PREFIX_ATTENTION else [PREFIX_ATTENTION, own]
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def check_capturable(model: PreTrainedModel) -> None:
     """Raise CaptureError where a captured pass would leave out what the model does in Python."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
@@ -155,10 +158,12 @@ def _check_model(model: PreTrainedModel) -> None:
         raise CaptureError("it is in training mode; call model.eval()")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            raise CaptureError(f"{f'module {name!r}' if name else 'it'} has hooks, which a graph would not call")
+            raise CaptureError(
+                f"{f'module {name!r}' if name else 'it'} has hooks, which a captured pass would not call"
+            )
 
 
-def _fingerprint(model: PreTrainedModel) -> Hashable:
+def fingerprint_of(model: PreTrainedModel) -> Hashable:
     """Changes with whatever a captured pass has fixed: addresses, and settings that modules look at."""
     return model.config._attn_implementation, tuple(_state(module) for module in model.modules())
 

@@ -1,8 +1,27 @@
 """Between the host and a GPU: every transfer costs microseconds, and reading waits for all that the GPU has to do."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+
+
+class Arrival(Protocol):
+    """Tensors that the host has or will have."""
+
+    def wait(self) -> list[torch.Tensor]:
+        """CPU tensors of the same dtypes, shapes and bits."""
+
+
+class Copies:
+    """Tensors of the host, as they are now."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._copies = [tensor.clone() for tensor in tensors]
+
+    def wait(self) -> list[torch.Tensor]:
+        """CPU tensors of the same dtypes, shapes and bits."""
+        return self._copies
 
 
 class Transfer:

@@ -28,6 +28,8 @@ class Replayed:
     made them itself; it may neither read values nor draw random numbers.
     """
 
+    asynchronous = True
+
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         self._function = function
         self.outputs: Any = None
