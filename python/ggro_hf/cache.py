@@ -47,6 +47,12 @@ class RewindableLayer(DynamicLayer):
         self.values = self._allocate(value_states)
         self.is_initialized = True
 
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Use the buffers of somebody else, who sees to their room; they hold `length` tokens."""
+        self.keys, self.values, self.length = keys, values, length
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,6 +187,11 @@ class RewindableCache(Cache):
         self._rewindable = [_rewindable(layer, capacity, config) for layer in DynamicCache(config=config).layers]
         super().__init__(layers=list(self._rewindable))
 
+    @property
+    def rewindable(self) -> list[RewindableLayer]:
+        """The layers."""
+        return self._rewindable
+
     def rewind(self, length: int) -> None:
         """Keep the first `length` tokens."""
         for layer in self._rewindable:
@@ -192,8 +203,9 @@ class RewindableCache(Cache):
         Commits one of the branches that a forward with `pack_branches` put behind a prefix of `length` tokens; only the
         branch is copied.
         """
-        for layer in self._rewindable:
-            layer.move(start, end, length)
+        if start != length:
+            for layer in self._rewindable:
+                layer.move(start, end, length)
         self.rewind(length + end - start)
 
     def clear(self) -> None:

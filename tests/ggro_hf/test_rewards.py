@@ -48,10 +48,9 @@ def test_a_committed_segment_serves_as_prefix_without_being_computed_again():
     prefix = RewardPrefix(RewardModel(model), counters)
     prefix.extend(list(PREFIX))
     first = prefix.score(SEGMENT, gradient_tokens=1)
-    branch = prefix.save(SEGMENT)
+    layers = prefix.read(first.place)
     prefix.score([1, 2], gradient_tokens=1)
-    prefix.restore(branch)
-    prefix.commit(SEGMENT, first.reward)
+    prefix.commit(SEGMENT, first.reward, layers)
     assert prefix.reward == first.reward
     assert prefix.score([]).reward == first.reward
     assert prefix.score([30, 31]).reward == pytest.approx(plain_reward(model, [*PREFIX, *SEGMENT, 30, 31]), abs=1e-10)

@@ -2,7 +2,7 @@
 
 from ggro_hf.rewards.automatic import describe, load_reward
 from ggro_hf.rewards.base import Capabilities, Conversation, Reward, Scoring
-from ggro_hf.rewards.causal import RewardModel, RewardPrefix, SegmentScore
+from ggro_hf.rewards.causal import RewardModel, RewardPrefix, score_segments
 from ggro_hf.rewards.encoder import EncoderReward
 from ggro_hf.rewards.formats import ChatTemplate, Dialogue, Format, Pair, TextFormat, TextTemplate
 from ggro_hf.rewards.function import FunctionReward
@@ -10,6 +10,7 @@ from ggro_hf.rewards.head_reward import HeadReward
 from ggro_hf.rewards.heads import HEADS, FeedForward, Gated, Head, HeadFamily, LoadedBackbone
 from ggro_hf.rewards.implicit import ImplicitReward
 from ggro_hf.rewards.process import ProcessReward
+from ggro_hf.rewards.segment_pass import SegmentScore
 from ggro_hf.rewards.steps import STEP_FORMATS, EndedSteps, MarkedSteps, StepFormat, StepTurns, TaggedSteps
 from ggro_hf.rewards.text import TextReward
 from ggro_hf.rewards.transforms import Transformed, WeightedSum
@@ -50,4 +51,5 @@ __all__ = [
     "WeightedSum",
     "describe",
     "load_reward",
+    "score_segments",
 ]
