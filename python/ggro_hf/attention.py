@@ -35,6 +35,13 @@ class SharedPrefix(Protocol):
     length: int
 
 
+class LanePrefix(Protocol):
+    """Keys and values `[B, Hkv, N, D]` of one layer that come before the branches of every row."""
+
+    prefix_keys: Tensor
+    prefix_values: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class StaticPrefix:
     """In place of a mask for one token behind a static cache: `lengths[1]` int64 on the device, and the window."""
@@ -100,19 +107,30 @@ def prefix_attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     branch_starts: Tensor | None = None,
+    branch_ends: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    lanes: Sequence[LanePrefix] | None = None,
     shared_prefix: Sequence[SharedPrefix] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the query's T tokens to the cache, whose last T keys and values are their own.
 
+    With `lanes` the cache has the branches alone, each in its own part of a buffer, and the prefix comes beside it. Its
+    layers say that nothing comes before the T tokens: they answer `get_seq_length()` with 0,
+    `get_mask_sizes(tokens)` with `(tokens, 0)`, and `is_compileable` with False; `position_ids` must then be given.
+
     Args:
         module: the attention layer.
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, N + T, D], prefix and branches; of a static prefix only the first tokens count.
+        key, value: [B, Hkv, N + T, D], prefix and branches; of a static prefix only the first tokens count. With
+            `lanes` [B, Hkv, M, D], the branches.
         attention_mask: what `window_for_mask` gave.
         scaling, dropout, softcap, is_causal: as the model has them.
         sliding_window: likewise; some models tell their mask alone about it.
         branch_starts: [B, T] int64, see `pack_branches`; None for one branch.
+        branch_ends: [B, T] int64, where the branches have the T tokens; None where they are these tokens in order.
+        prefix_lengths: [B] int64, how much of the prefix counts; None for all of it.
+        lanes: for every layer, the prefix of every row.
         shared_prefix: for every layer, what comes before the keys and values in all rows; for one token a row.
 
     Returns:
@@ -141,20 +159,26 @@ def prefix_attention_forward(
         return _one_token_behind_shared_prefix(query, key, value, layer, scale, softcap, own_window), None
     if branch_starts is None:
         branch_starts = torch.zeros(batch, tokens, dtype=torch.int64, device=query.device)
-    prefix = key.shape[2] - tokens
-    lengths = None
+    if lanes is None:
+        prefix = key.shape[2] - tokens
+        prefix_key, branch_key = key[:, :, :prefix], key[:, :, prefix:]
+        prefix_value, branch_value = value[:, :, :prefix], value[:, :, prefix:]
+    else:
+        lane = lanes[cast(int, module.layer_idx)]
+        prefix_key, prefix_value, branch_key, branch_value = lane.prefix_keys, lane.prefix_values, key, value
     window = sliding_window if attention_mask is None else attention_mask
     if isinstance(window, StaticPrefix):
-        lengths = window.lengths.expand(batch)
+        prefix_lengths = window.lengths.expand(batch)
         window = sliding_window if window.window is None else window.window
     output = prefix_attention(
         query,
-        key[:, :, :prefix],
-        value[:, :, :prefix],
-        key[:, :, prefix:],
-        value[:, :, prefix:],
+        prefix_key,
+        prefix_value,
+        branch_key,
+        branch_value,
         branch_starts.expand(batch, -1),
-        prefix_lengths=lengths,
+        branch_ends=branch_ends,
+        prefix_lengths=prefix_lengths,
         scale=scaling,
         softcap=softcap,
         window=window,

@@ -53,8 +53,13 @@ class TopK(Reader[Position]):
     k: int
 
     def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        top = likeliest(logits[None], self.k)
-        return top.indices[0], top.logsumexp, top.entropy, top.values[0]
+        indices, logsumexp, entropy, values = self.rows_on_device(logits[None])
+        return indices[0], logsumexp, entropy, values[0]
+
+    def rows_on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`on_device` of every row of logits `[R, V]`."""
+        top = likeliest(logits, self.k)
+        return top.indices, top.logsumexp, top.entropy, top.values
 
     def on_host(self, *tensors: torch.Tensor) -> Position:
         tokens, logsumexp, entropy, values = tensors

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
+from transformers.cache_utils import DynamicLayer
 
 from ggro_hf.attention import PREFIX_ATTENTION, pack_branches
 from ggro_hf.cache import RewindableCache
@@ -49,6 +53,9 @@ MODELS = {
         Gemma2Config(
             **SHAPE, sliding_window=WINDOW, layer_types=ALTERNATING, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
         )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SHAPE, sliding_window=WINDOW, layer_types=ALTERNATING, query_pre_attn_scalar=8)
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=WINDOW)),
     # Its layers do not tell the attention function about their window.
@@ -138,6 +145,83 @@ def test_greedy_generation_equals_eager(family: str) -> None:
     )
     assert eager.shape[1] > 30
     assert torch.equal(ours, eager)
+
+
+class BranchBuffers(DynamicLayer):
+    """The branches of every row in one buffer, which new tokens are written to at `ends`; the prefixes beside it.
+
+    `known[b][i]` are keys and values of prompt `b` and of its candidate `i`. What they leave free is NaN.
+    """
+
+    def __init__(self, known: list[list[tuple[Tensor, Tensor]]], lengths: Tensor, starts: Tensor, ends: Tensor) -> None:
+        super().__init__()
+        like = known[0][0][0]
+        rows, heads, _, width = len(known), *like.shape[1:]
+        self.prefix_keys, self.prefix_values, self.keys, self.values = (
+            like.new_full((rows, heads, room, width), torch.nan)
+            for room in (*[int(lengths.max())] * 2, *[int(ends.max()) + 5] * 2)
+        )
+        for row, length in enumerate(lengths.tolist()):
+            for start, pair in zip(starts[row].tolist(), known[row], strict=True):
+                for x, prefix, own in zip(
+                    pair, (self.prefix_keys, self.prefix_values), (self.keys, self.values), strict=True
+                ):
+                    prefix[row, :, :length] = x[0, :, :length]
+                    own[row, :, start : start + x.shape[2] - length] = x[0, :, length:]
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.ends = ends
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        places = self.ends[:, None, :, None].expand_as(key_states)
+        return self.keys.scatter_(2, places, key_states), self.values.scatter_(2, places, value_states)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [((1, 4, 12), (3, 2, 9)), ((1,), (20,))], ids=["three each", "one each"])
+@pytest.mark.parametrize("family", MODELS)
+def test_branches_of_several_prompts_in_one_forward(family: str, lengths: tuple[tuple[int, ...], ...]) -> None:
+    plain, model = model_with(family, "eager"), model_with(family, PREFIX_ATTENTION)
+    prompts = [tokens(5), tokens(30)]
+    sequences = [
+        [prompt + tokens(100 + length)[:length] for length in row] for prompt, row in zip(prompts, lengths, strict=True)
+    ]
+    known, expected = [], []
+    for row in sequences:
+        caches = [RewindableCache(plain.config) for _ in row]
+        for sequence, cache in zip(row, caches, strict=True):
+            plain(input_ids=torch.tensor([sequence[:-1]]), past_key_values=cache)
+        known.append([cache.read(0, len(sequence) - 1) for sequence, cache in zip(row, caches, strict=True)])
+        whole = [plain(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, -1] for sequence in row]
+        expected.append(torch.stack(whole))
+
+    # In another order in the second row's buffer.
+    starts = 24 * torch.arange(len(lengths[0]))
+    starts = torch.stack([starts, starts.flip(0)])
+    ends = starts + torch.tensor(lengths) - 1
+    prefix_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    layers = [
+        BranchBuffers([[one[layer] for one in row] for row in known], prefix_lengths, starts, ends)
+        for layer in range(model.config.num_hidden_layers)
+    ]
+    logits = model(
+        input_ids=torch.tensor([[sequence[-1] for sequence in row] for row in sequences]),
+        position_ids=prefix_lengths[:, None] + ends - starts,
+        past_key_values=Cache(layers=layers),
+        branch_starts=starts,
+        branch_ends=ends,
+        prefix_lengths=prefix_lengths,
+        lanes=layers,
+    ).logits
+    scale = max(1.0, max(x.abs().max().item() for x in expected))
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=2e-6 * scale)
 
 
 @torch.no_grad()
