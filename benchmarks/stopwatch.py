@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ggro_hf import RewardModel, reading
 from ggro_hf.decode_step import DecodeStep
-from ggro_hf.decoding import segment_search
+from ggro_hf.decoding import segment_decoding
+from ggro_hf.policy_lanes import LaneStep
 
 PARTS = ("policy forward", "kernels", "reward forward", "reward backward")
 
@@ -105,6 +106,7 @@ def timed(stopwatch: Stopwatch, policy: nn.Module, reward: RewardModel) -> Itera
         # Not by hooks: a model that has some is not captured.
         stack.enter_context(measured("policy forward", type(policy), "forward"))
         stack.enter_context(measured("policy forward", DecodeStep, "_launch"))
+        stack.enter_context(measured("policy forward", LaneStep, "_replay"))
         stack.enter_context(measured("kernels", reading, "entropy_topk"))
-        stack.enter_context(measured("kernels", segment_search, "candidate_scores"))
+        stack.enter_context(measured("kernels", segment_decoding, "candidate_scores"))
         yield

@@ -90,6 +90,10 @@ class Counters:
     passes with which a step is captured, once a model, count in the time only. `seconds` maps a phase to its wall time,
     to which a GPU's work belongs: every phase ends with its result on the host. `peak_bytes` is the peak memory of the
     GPUs (where the policy is on a CPU: of the process) when the response was finished.
+
+    Where candidates are decoded before they are asked for, `speculation_hits` counts those asked for later,
+    `speculation_misses` the batches that were decoded because one was lacking, and `wasted_policy_tokens` and
+    `wasted_reward_tokens` what the models have read of candidates that nobody asked for.
     """
 
     policy_tokens: int = 0
@@ -97,6 +101,10 @@ class Counters:
     reward_backward_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    speculation_hits: int = 0
+    speculation_misses: int = 0
+    wasted_policy_tokens: int = 0
+    wasted_reward_tokens: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -7,7 +7,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ggro_hf import ARGS, CARDS, GGRO, BestOfN, ChunkBeamSearch, Decoder, Greedy, RejectionSampling, RewardModel, Sample
+from ggro_hf import (
+    ARGS,
+    CARDS,
+    GGRO,
+    BestOfN,
+    ChunkBeamSearch,
+    Decoder,
+    ExhaustiveSearch,
+    Greedy,
+    RejectionSampling,
+    RewardModel,
+    Sample,
+)
 from ggro_hf.decoding.base import Request
 from ggro_hf.reading import Reader
 from ggro_hf.results import Candidate, Generation
@@ -51,6 +63,8 @@ DECODERS: dict[str, Callable[[RewardModel], Decoder]] = {
     "args, drawn": lambda reward: ARGS(reward, candidates=5, mode="sample"),
     "cbs": lambda reward: ChunkBeamSearch(reward, width=3, successors=2, chunk_length=4),
     "tbs": lambda reward: ChunkBeamSearch(reward, width=3, successors=2, chunk_length=1, top_k=None),
+    "exhaustive": lambda reward: ExhaustiveSearch(reward, candidates=5, entropy_threshold=1.0),
+    "exhaustive, pruned": lambda reward: ExhaustiveSearch(reward, candidates=5, prune=2, entropy_threshold=1.0),
     "ggro": lambda reward: GGRO(reward, **_SEARCH),
     "ggro, runs of tokens": lambda reward: GGRO(reward, nudge_tokens=3, perplexity_ratio=2.0, **_SEARCH),
     # More than the kernel selects.

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu_decoding
 from ggro_hf import (
+    GGRO,
     PREFIX_ATTENTION,
     EncoderReward,
     Greedy,
@@ -20,12 +21,16 @@ from ggro_hf import (
     pack_branches,
 )
 from ggro_hf.cache import RewindableCache
+from ggro_hf.decoding import segment_decoding
+from ggro_hf.decoding.batch import BatchDecoder
 from ggro_hf.policy import Policy
+from ggro_hf.policy_lanes import takes_lanes
 from ggro_hf.policy_rows import _shares_prefix
 from ggro_hf.reading import TopK
 from ggro_hf.results import Counters
 from ggro_hf.rewards import EndedSteps
 from ggro_hf.transfer import to_host
+from ggro_kernels import candidate_scores
 from tests.ggro_hf.device_cases import (
     CPU,
     DECODERS,
@@ -70,7 +75,7 @@ DRAWN_TOGETHER = ("best-of-n", "rejection-sampling", "cards", "cbs", "tbs")
 
 
 @pytest.mark.parametrize(("name", "place"), [*((name, "both") for name in DECODERS), *APART])
-def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, name, place):
+def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, monkeypatch, name, place):
     policy_device, reward_device = PLACES[place]
     with pretend_gpu() as transfers:
         policy, reward = policy_on(policy_device), reward_on(reward_device)
@@ -78,13 +83,20 @@ def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, na
         # Once a model, rows of it are tried on a few tokens.
         Policy(policy, Counters(), TopK(1)).extend(list(PROMPT))
         _shares_prefix(policy)
+        takes_lanes(policy)
         policy_passes, reward_passes = Forwards(policy), Forwards(reward.model.base_model)
+        proposals = []
+
+        def counted(*args):
+            proposals.append(args)
+            return candidate_scores(*args)
+
+        monkeypatch.setattr(segment_decoding, "candidate_scores", counted)
         transfers.clear()
         actual = decoder.respond(request(policy, name))
     assert_same(actual, expected[name], 1e-5)
     on_policy, on_reward = policy_device == DEVICE, reward_device == DEVICE
-    scored = sum(bool(c.proposal_scores) for segment in actual.trace.segments for c in segment.candidates)
-    passes = on_policy * policy_passes.count + on_reward * (reward_passes.count + scored)
+    passes = on_policy * policy_passes.count + on_reward * (reward_passes.count + len(proposals))
     if name in DRAWN_TOGETHER:
         # Numbers to draw by, and which rows go on.
         assert passes <= transfers.uploads <= 4 * passes
@@ -93,7 +105,10 @@ def test_the_cpus_results_with_one_transfer_each_way_for_every_pass(expected, na
     # Logits are read once after every pass; rewards too, but the prompt's and those of several beams with others.
     # A segment is drawn from logits that may have been read before, to see that the one before it ends there.
     assert transfers.reads <= passes + len(actual.trace.segments)
-    assert name in DRAWN_TOGETHER or transfers.reads == passes - (on_reward and name.startswith("args"))
+    # The shape of lanes is found out by a pass that nobody reads.
+    in_lanes = isinstance(decoder, BatchDecoder) and decoder._rows(alone=True) > 1
+    unread = (on_reward and name.startswith("args")) or (on_policy and in_lanes)
+    assert name in DRAWN_TOGETHER or transfers.reads == passes - unread
     assert policy_passes.count > 5
 
 
@@ -119,6 +134,9 @@ def test_captured_steps_cross_to_the_host_once_a_token(expected, monkeypatch, na
     with pretend_gpu() as transfers, replaying(NAME, capture):
         policy, reward = policy_on(DEVICE), reward_on(CPU)
         decoder = DECODERS[name](reward)
+        if isinstance(decoder, GGRO):
+            # One candidate at a time, by the step that all decoders share.
+            decoder.speculate = 1
         decoder.respond(request(policy, name))
         transfers.clear()
         ordinary.clear()
@@ -132,6 +150,28 @@ def test_captured_steps_cross_to_the_host_once_a_token(expected, monkeypatch, na
     # The prompt, and every token that is not the one the device went on with: the first, drawn and forced ones.
     most = {"greedy": 2, "sample": 1 + steps, "ggro": steps / 2}
     assert 2 <= transfers.uploads <= most[name]
+
+
+def test_captured_steps_of_lanes_cross_to_the_host_once(expected):
+    captured = []
+
+    def capture(function, device):
+        captured.append(Replayed(function, device))
+        return captured[-1]
+
+    with pretend_gpu() as transfers, replaying(NAME, capture):
+        policy, reward = policy_on(DEVICE), reward_on(CPU)
+        decoder = DECODERS["ggro"](reward)
+        decoder.speculate = 3
+        decoder.respond(request(policy, "ggro"))
+        transfers.clear()
+        replays = sum(one.replays for one in captured)
+        actual = decoder.respond(request(policy, "ggro"))
+        steps = sum(one.replays for one in captured) - replays
+    assert_same(actual, expected["ggro"], 1e-5)
+    assert actual.counters.speculation_hits > 0
+    # The prompt is a pass like any other.
+    assert transfers.reads == transfers.uploads == steps + 1
 
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "best-of-n", "args", "cards", "cbs", "ggro"])

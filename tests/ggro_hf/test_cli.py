@@ -24,6 +24,7 @@ import ggro_kernels
 from ggro_hf import ARGS, GGRO, BestOfN, Greedy, RewardModel, demo_models, generate
 from ggro_hf.cli import demo, doctor, main, self_check
 from ggro_hf.cli.session import METHODS
+from ggro_hf.decoding import batch
 from ggro_hf.rewards import EncoderReward, TextReward
 from ggro_kernels import dispatch
 from ggro_kernels.library import registered_ops
@@ -207,6 +208,7 @@ def test_a_terminal_sees_the_tokens_as_they_come(models, capsys, monkeypatch):
 
 BRIEF = {
     "ggro": ["--entropy-threshold", 0.5, "--refinements", 2, "--candidates", 4],
+    "exhaustive": ["--entropy-threshold", 0.5, "--candidates", 6, "--prune", 3],
     "greedy": [],
     "sample": [],
     "best-of-n": ["--samples", 2],
@@ -262,6 +264,62 @@ def test_rewards_with_another_tokenizer_guide_every_method_but_ggro(models, fore
 
 
 # Continuing
+
+
+def greedy_search(models, *options):
+    """GGRO with short segments, in batches of the given budget."""
+    return ["generate", *pair(models), "--entropy-threshold", 0.5, "--refinements", 2, "--candidates", 4, *options]
+
+
+@pytest.mark.parametrize("budget", [1, 60, None])
+def test_rows_of_a_batch_come_in_order_whatever_the_budget(models, capsys, tmp_path, budget):
+    """Those that finish out of turn, fail or are done already do not move the others."""
+    rows = [{"prompt": "The sea" + " and then" * (index % 3)} for index in range(9)]
+    rows[2], rows[5], rows[7] = {"prompt": "a " * 600}, "?", {"messages": [{"role": "user", "content": "no template"}]}
+    prompts = write_prompts(tmp_path / "in.jsonl", *rows)
+    options = [] if budget is None else ["--max-batch-tokens", budget]
+    output = tmp_path / "out.jsonl"
+    arguments = greedy_search(models, "--input", prompts, "--max-new-tokens", 8)
+    code, _, err = run(capsys, *arguments, "--output", output, *options)
+    assert code == 1
+    assert re.findall(r"line (\d): ", err) == ["3", "6", "8"]
+    assert [row["line"] for row in read_rows(output)] == [1, 2, 4, 5, 7, 9]
+    for row in read_rows(output):
+        code, out, _ = run(capsys, *greedy_search(models, "--prompt", row["prompt"], "--max-new-tokens", 8))
+        assert (code, out) == (0, row["text"] + "\n")
+    # The budget is no setting of the rows: another one continues them.
+    write_prompts(prompts, *rows[:5], {"prompt": "mended"}, *rows[6:])
+    code, _, err = run(capsys, *arguments, "--output", output, "--max-batch-tokens", 100)
+    assert "6 of 9 lines are done already" in err
+    assert [row["line"] for row in read_rows(output)] == [1, 2, 4, 5, 7, 9, 6]
+
+
+def test_rows_are_written_when_they_come(models, capsys, tmp_path, monkeypatch):
+    """Whatever ends the run in the middle of a batch, those before it are in the file."""
+    prompts = write_prompts(tmp_path / "in.jsonl", *({"prompt": f"The {index} thing"} for index in range(6)))
+    output = tmp_path / "out.jsonl"
+    arguments = greedy_search(models, "--input", prompts, "--output", output, "--max-new-tokens", 6)
+    plain = batch.Batch._tick
+
+    def interrupted(self):
+        if output.read_bytes().count(b"\n") == 2:
+            raise KeyboardInterrupt
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Batch, "_tick", interrupted)
+        code, _, err = run(capsys, *arguments, "--max-batch-tokens", 40)
+    assert code == 130
+    written = read_rows(output)
+    assert [row["line"] for row in written] in ([1, 2], [1, 2, 3])
+    assert f"{len(written)} rows are in {output}" in err
+    assert run(capsys, *arguments)[0] == 0
+    assert [row["line"] for row in read_rows(output)] == list(range(1, 7))
+
+
+def test_a_budget_is_for_methods_that_decode_several_prompts_at_once(models, capsys):
+    arguments = ["generate", *pair(models), "--prompt", "a", "--max-batch-tokens", 100, "--method", "greedy"]
+    assert_gives_up(capsys, *arguments, message="--max-batch-tokens has no meaning for --method greedy")
 
 
 def arguments_of_a_long_run(models, tmp_path):

@@ -125,9 +125,10 @@ class Case:
         candidates = [candidate for segment in generation.trace.segments for candidate in segment.candidates]
         kept = sum(len(candidate.token_ids) for candidate in candidates)
         decoded = kept + sum(candidate.boundary_token is not None for candidate in candidates)
-        assert generation.counters.policy_tokens <= len(self.prompt) + decoded
-        assert generation.counters.reward_forward_tokens <= len(self.prompt) + kept
-        assert generation.counters.reward_backward_tokens <= kept
+        counters = generation.counters
+        assert counters.policy_tokens - counters.wasted_policy_tokens <= len(self.prompt) + decoded
+        assert counters.reward_forward_tokens - counters.wasted_reward_tokens <= len(self.prompt) + kept
+        assert counters.reward_backward_tokens - counters.wasted_reward_tokens <= kept
 
 
 PRINTABLE = TOKENIZER.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz.,'", "Ġ", "th", "an", "er", "Ġthe"])

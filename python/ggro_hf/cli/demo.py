@@ -108,7 +108,14 @@ def _decoders(guide: RewardModel, seed: int) -> dict[str, Decoder]:
         "cbs": ChunkBeamSearch(guide, width=2, successors=3, chunk_length=8, seed=seed),
         "tbs": ChunkBeamSearch(guide, width=2, successors=5, chunk_length=1, seed=seed),
         "args": ARGS(guide, candidates=9),
-        "ggro": GGRO(guide, entropy_threshold=_ENTROPY_THRESHOLD, refinements=_REFINEMENTS, candidates=_CANDIDATES),
+        "ggro": GGRO(
+            guide,
+            entropy_threshold=_ENTROPY_THRESHOLD,
+            refinements=_REFINEMENTS,
+            candidates=_CANDIDATES,
+            # The methods are compared at the same work, so none may do more to be quick.
+            speculate=1,
+        ),
     }
 
 

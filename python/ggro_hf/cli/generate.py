@@ -126,12 +126,14 @@ def _outcomes(
     session: Session | None, lines: list[PromptLine | BadLine]
 ) -> Iterator[tuple[PromptLine, dict[str, Any]] | str]:
     """Every line with its record, or what is wrong with it; `session` may be missing where all lines are bad."""
+    served = [line for line in lines if isinstance(line, PromptLine)]
+    responses = session.responses(served) if session is not None else iter(())
     for line in lines:
         if isinstance(line, BadLine):
             yield f"line {line.number}: {line.reason}"
-        elif session is not None:
+        else:
             try:
-                yield line, generation_record(session.respond(line))
+                yield line, generation_record(next(responses))
             except (ValueError, FloatingPointError, NoProgressError) as error:
                 yield f"line {line.number}: {one_line(error)}"
 

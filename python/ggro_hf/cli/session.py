@@ -1,7 +1,7 @@
 """The method options of the command line, and the models and decoder that they ask for."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -27,12 +27,15 @@ from ggro_hf.decoding import (
     BestOfN,
     ChunkBeamSearch,
     Decoder,
+    ExhaustiveSearch,
     Greedy,
     RejectionSampling,
     Sample,
 )
-from ggro_hf.decoding.base import check_candidates
+from ggro_hf.decoding.base import MAX_BATCH_TOKENS, check_candidates
+from ggro_hf.decoding.batch import BatchDecoder
 from ggro_hf.decoding.guided import GuidedDecoder
+from ggro_hf.decoding.segments import SegmentDecoder
 from ggro_hf.generation import generate_iter
 from ggro_hf.jsonl import PromptLine
 from ggro_hf.results import Generation
@@ -41,7 +44,6 @@ from ggro_hf.rewards import Conversation, Reward
 EMBEDDED = "embedded"
 
 _DEFAULT_MAX_NEW_TOKENS = 128
-_DEFAULT_ENTROPY_THRESHOLD: float = signature(GGRO).parameters["entropy_threshold"].default
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class _Method:
     def guided(self) -> bool:
         """Whether it needs a reward."""
         return issubclass(self.decoder, GuidedDecoder)
+
+    @property
+    def searches_segments(self) -> bool:
+        """Whether it is GGRO or of its kind: the policy's entropy ends segments, which a `RewardModel` chooses."""
+        return issubclass(self.decoder, SegmentDecoder)
 
 
 _DRAWS = ("temperature", "top_k", "top_p", "seed")
@@ -75,6 +82,7 @@ METHODS = {
             "as_released",
         ),
     ),
+    "exhaustive": _Method(ExhaustiveSearch, ("entropy_threshold", "candidates", "prune", "check_every")),
     "greedy": _Method(Greedy),
     "sample": _Method(Sample, _DRAWS),
     "best-of-n": _Method(BestOfN, ("preset", "samples", "parallel", *_DRAWS)),
@@ -101,24 +109,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--method", choices=METHODS, default="ggro")
     method.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: the preset's, else 128")
     method.add_argument(
+        "--max-batch-tokens",
+        type=positive,
+        metavar="N",
+        help=f"ggro: tokens of prompts and responses that are decoded at once ({MAX_BATCH_TOKENS})",
+    )
+    method.add_argument(
         "--preset", choices=PRESETS, metavar="NAME", help=f"settings of a method by name: {', '.join(PRESETS)}"
     )
     method.add_argument("--as-released", action="store_true", default=None, help="the released code's behaviour")
     method.add_argument("--seed", type=int, help="of random draws (0)")
-    ggro = parser.add_argument_group("ggro, args and cards")
-    ggro.add_argument(
-        "--candidates", type=positive, metavar="K", help="likeliest tokens that compete (ggro: 25, args: 10)"
-    )
+    ggro = parser.add_argument_group("ggro, exhaustive, args and cards")
+    ggro.add_argument("--candidates", type=positive, metavar="K", help="likeliest tokens that compete (25, args: 10)")
     ggro.add_argument(
         "--entropy-threshold",
         type=float,
         metavar="NATS",
-        help="a token at or above it opens a new segment (ggro: 1.5, cards: 3.0)",
+        help="a token at or above it opens a new segment (1.5, cards: 3.0)",
     )
     ggro.add_argument(
         "--refinements", type=positive, metavar="N", help="ggro: passes per segment, the policy's own included (8)"
     )
-    ggro.add_argument("--check-every", type=positive, metavar="N", help="ggro: only every n-th token opens one (1)")
+    ggro.add_argument(
+        "--prune",
+        type=positive,
+        metavar="M",
+        help="exhaustive: try only as many tokens beside the policy's own, those that the gradient likes best (all)",
+    )
+    ggro.add_argument(
+        "--check-every", type=positive, metavar="N", help="ggro, exhaustive: only every n-th token opens one (1)"
+    )
     ggro.add_argument(
         "--nudge-tokens", type=positive, metavar="N", help="ggro: most tokens that one intervention replaces (1)"
     )
@@ -173,6 +193,7 @@ class MethodSettings:
     device: str
     method: str
     max_new_tokens: int
+    max_batch_tokens: int
     options: dict[str, Any]
 
     @classmethod
@@ -185,6 +206,11 @@ class MethodSettings:
         if foreign:
             raise CommandError(
                 f"--{foreign[0].replace('_', '-')} has no meaning for --method {args.method}; leave it out"
+            )
+        if args.max_batch_tokens and not issubclass(method.decoder, BatchDecoder):
+            raise CommandError(
+                f"--max-batch-tokens has no meaning for --method {args.method}, which decodes one prompt after the "
+                "other; leave it out"
             )
         reward = args.reward or (EMBEDDED if args.policy == EMBEDDED else None)
         if reward is None and method.guided:
@@ -201,7 +227,8 @@ class MethodSettings:
         dtype = args.dtype or ("float32" if args.policy == EMBEDDED else "auto")
         of_preset = PRESETS[args.preset].max_new_tokens if args.preset else None
         max_new_tokens = args.max_new_tokens or of_preset or _DEFAULT_MAX_NEW_TOKENS
-        return cls(args.policy, reward, dtype, args.device, args.method, max_new_tokens, given)
+        max_batch_tokens = args.max_batch_tokens or MAX_BATCH_TOKENS
+        return cls(args.policy, reward, dtype, args.device, args.method, max_new_tokens, max_batch_tokens, given)
 
     @property
     def policy_path(self) -> str:
@@ -210,12 +237,14 @@ class MethodSettings:
 
     @property
     def entropy_threshold(self) -> float | None:
-        """Nats at which GGRO opens a segment; None for other methods."""
-        if METHODS[self.method].decoder is not GGRO:
+        """Nats at which GGRO or exhaustive search opens a segment; None for other methods."""
+        method = METHODS[self.method]
+        if not method.searches_segments:
             return None
         preset = self.options.get("preset")
         settings = PRESETS[preset].settings if preset else {}
-        default = settings.get("entropy_threshold", _DEFAULT_ENTROPY_THRESHOLD)
+        of_method = signature(method.decoder).parameters["entropy_threshold"].default
+        default = settings.get("entropy_threshold", of_method)
         return self.options.get("entropy_threshold", default)
 
     def record(self) -> dict[str, Any]:
@@ -239,7 +268,7 @@ class Session:
         self.policy = load_policy(settings.policy_path, dtype, settings.device)
         reward_path = str(demo_models.REWARD) if settings.reward == EMBEDDED else settings.reward
         self.reward = self._load_reward(reward_path, settings, dtype) if reward_path else None
-        self._max_new_tokens = settings.max_new_tokens
+        self._settings = settings
         try:
             self.decoder = _decoder(settings, self.policy, self.reward)
             if self.reward is not None:
@@ -248,21 +277,28 @@ class Session:
             raise CommandError(one_line(error)) from error
 
     def _load_reward(self, path: str, settings: MethodSettings, dtype: torch.dtype | None) -> Reward:
-        if METHODS[settings.method].decoder is GGRO:
+        if METHODS[settings.method].searches_segments:
             return load_reward_model(path, dtype, settings.device)
         return load_reward(path, self.policy.tokenizer, dtype, settings.device)
 
-    def respond(self, line: PromptLine) -> Generation:
-        """Decode one line; its random draws depend on its number alone, whichever lines came before in this run."""
-        responses = generate_iter(
+    def responses(self, lines: Sequence[PromptLine]) -> Iterator[Generation]:
+        """Decode lines; what is raised for one is raised in its turn, and those after it can still be had.
+
+        The random draws of a line depend on its number alone, whichever others are decoded in this run.
+        """
+        generations = generate_iter(
             self.policy.model,
             self.policy.tokenizer,
-            [line.prompt],
+            (line.prompt for line in lines),
             self.decoder,
-            max_new_tokens=self._max_new_tokens,
-            first_row=line.number - 1,
+            max_new_tokens=self._settings.max_new_tokens,
+            max_batch_tokens=self._settings.max_batch_tokens,
+            rows=(line.number - 1 for line in lines),
         )
-        generation = next(responses)
+        return map(self._scored, lines, generations)
+
+    def _scored(self, line: PromptLine, generation: Generation) -> Generation:
+        """With the reward, where the method asked for none."""
         if generation.reward is None and self.reward is not None:
             conversation = Conversation(generation.prompt_ids, line.prompt, self.policy.tokenizer)
             generation.reward = self.reward.score_response(conversation, generation.token_ids)

@@ -5,6 +5,7 @@ from ggro_hf.decoding.base import Decoder
 from ggro_hf.decoding.best_of_n import BestOfN
 from ggro_hf.decoding.cards import CARDS
 from ggro_hf.decoding.chunk_beam_search import ChunkBeamSearch
+from ggro_hf.decoding.exhaustive import ExhaustiveSearch
 from ggro_hf.decoding.ggro import GGRO
 from ggro_hf.decoding.greedy import Greedy
 from ggro_hf.decoding.presets import PRESETS, Preset
@@ -20,6 +21,7 @@ __all__ = [
     "BestOfN",
     "ChunkBeamSearch",
     "Decoder",
+    "ExhaustiveSearch",
     "Greedy",
     "NoProgressError",
     "Preset",

@@ -3,6 +3,7 @@
 import resource
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ _SAMPLING_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 T = TypeVar("T")
 
+MAX_BATCH_TOKENS = 8192
+"""Tokens of prompts and responses that are decoded at once, where nothing else is asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -58,7 +62,8 @@ class Decoder(ABC):
     - `decoder(model, input_ids, max_new_tokens=128)` returns a `DecoderOutput`.
     - `ggro_hf.generate(model, tokenizer, prompts, decoder)` takes text and returns generations with text.
 
-    Rows of a batch are decoded one after another, each as if it were alone; left padding is marked by `attention_mask`.
+    Every row of a batch is decoded as if it were alone, several at once where the method can; left padding is marked by
+    `attention_mask`.
     A `streamer` is bound to the decoder, since `generate` does not hand its own to a custom method.
     """
 
@@ -76,10 +81,10 @@ class Decoder(ABC):
     ) -> DecoderOutput | torch.Tensor:
         """Decode every row of `input_ids[B, L]`.
 
-        A plain call takes `max_new_tokens` (default: the model's generation config, else 128) and `attention_mask[B,
-        L]`; the other arguments are those that `generate` passes. Raises ValueError for an empty prompt,
-        `max_new_tokens` below 1, a prompt that does not fit the context, and processors or criteria that the method
-        would have to ignore.
+        A plain call takes `max_new_tokens` (default: the model's generation config, else 128), `attention_mask[B, L]`
+        and `max_batch_tokens` (see `respond_all`); the other arguments are those that `generate` passes. Raises
+        ValueError for an empty prompt, `max_new_tokens` below 1, a prompt that does not fit the context, and processors
+        or criteria that the method would have to ignore.
         """
         called_by_generate = logits_processor is not None
         config = generation_config or model.generation_config
@@ -91,9 +96,8 @@ class Decoder(ABC):
         else:
             max_new_tokens = _first_set(options.get("max_new_tokens"), config.max_new_tokens, 128)
         eos_ids = end_of_sequence_ids(model, config)
-        generations = [
-            self.respond(Request(model, row, max_new_tokens, eos_ids, index)) for index, row in enumerate(rows)
-        ]
+        requests = (Request(model, row, max_new_tokens, eos_ids, index) for index, row in enumerate(rows))
+        generations = list(self.respond_all(requests, options.get("max_batch_tokens", MAX_BATCH_TOKENS)))
         output = DecoderOutput(_pad(input_ids, generations, _padding_id(config, eos_ids)), generations)
         if called_by_generate and not config.return_dict_in_generate:
             return output.sequences
@@ -110,6 +114,14 @@ class Decoder(ABC):
             error.add_note(f"while decoding row {request.row}")
             raise
 
+    def respond_all(self, requests: Iterable[Request], max_batch_tokens: int) -> Iterator[Generation]:
+        """Decode responses in order, as `respond` does: several at once where the method can.
+
+        As many as have room for prompt and response in `max_batch_tokens`; one always does. What decoding one raises,
+        or taking it from `requests`, is raised in its turn; those after it can still be had.
+        """
+        return map(self.respond, requests)
+
     def _respond(self, request: Request) -> Generation:
         check_request(request)
         counters = Counters()
@@ -120,8 +132,7 @@ class Decoder(ABC):
             generation = self._decode(request, counters)
         if self.streamer is not None:
             self.streamer.end()
-        counters.peak_bytes = peak_bytes(request.model.device)
-        return generation
+        return completed(generation, request)
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         """Token ids of a text prompt for this method."""
@@ -155,6 +166,17 @@ def check_request(request: Request) -> None:
     if request.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {request.max_new_tokens}, but must be at least 1")
     check_room("policy", context_length(request.model), len(request.prompt_ids), request.max_new_tokens)
+
+
+def completed(generation: Generation, request: Request) -> Generation:
+    """A generation with what every method's has: memory, and texts where the prompt came as text."""
+    generation.counters.peak_bytes = peak_bytes(request.model.device)
+    if request.prompt is not None and request.tokenizer is not None:
+        decode = request.tokenizer.decode
+        generation.prompt = request.prompt if isinstance(request.prompt, str) else str(decode(request.prompt_ids))
+        if generation.text is None:
+            generation.text = str(decode(generation.token_ids, skip_special_tokens=True))
+    return generation
 
 
 def finish_reason(token_ids: list[int], request: Request) -> FinishReason:

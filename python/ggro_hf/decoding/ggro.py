@@ -1,22 +1,24 @@
 """Gradient-guided reward optimisation: at high-entropy positions, the token that the reward's gradient prefers."""
 
-import math
-
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ggro_hf.decoding.base import Request, check_candidates, finish_reason, open_policy
-from ggro_hf.decoding.guided import GuidedDecoder, check_positive
+from ggro_hf.decoding.base import Request
+from ggro_hf.decoding.candidates import EndRules
+from ggro_hf.decoding.guided import check_positive
 from ggro_hf.decoding.released import ClampedTopK, decode_as_released, released_rules
-from ggro_hf.decoding.segment_search import EndRules, SearchSettings, SegmentSearch
-from ggro_hf.models import check_room, context_length
+from ggro_hf.decoding.segment_search import SearchSettings, SegmentSearch
+from ggro_hf.decoding.segments import SegmentDecoder
+from ggro_hf.decoding.speculation import MOST_ROWS, Speculation
+from ggro_hf.decoding.work import Decoding
+from ggro_hf.policy_lane import PolicyLane
 from ggro_hf.prompts import Prompt, released_prompt
-from ggro_hf.reading import Position, Reader, TopK
-from ggro_hf.results import Counters, Generation, Trace
-from ggro_hf.rewards import RewardModel, RewardPrefix
+from ggro_hf.reading import Position, TopK
+from ggro_hf.results import Counters, Generation
+from ggro_hf.rewards import RewardModel
 
 
-class GGRO(GuidedDecoder):
+class GGRO(SegmentDecoder):
     """Greedy decoding in segments that end before a high-entropy token, each refined by single-token interventions.
 
     A segment is first decoded greedily. While refinements remain, the reward's gradient at the segment's first token
@@ -38,6 +40,9 @@ class GGRO(GuidedDecoder):
             clamped probabilities, every end-of-sequence id stops but only the tokenizer's finishes.
         insertion_offset: offset of the first segment's nudged token; `None` is 4 as released (the assistant's header),
             else 0.
+        speculate: candidates decoded side by side where a response is decoded by itself, those that the next
+            interventions will probably ask for beside the one asked for; 1 for none. `None` chooses by what a batch
+            costs, measured on the first response. The response does not depend on it.
 
     Raises ValueError for settings out of range; see `Decoder` for the ways to call it.
     """
@@ -55,63 +60,58 @@ class GGRO(GuidedDecoder):
         perplexity_ratio: float | None = None,
         as_released: bool = False,
         insertion_offset: int | None = None,
+        speculate: int | None = None,
         streamer: BaseStreamer | None = None,
     ) -> None:
-        if not isinstance(reward, RewardModel):
-            raise TypeError(
-                f"reward is a {type(reward).__name__}, but GGRO needs the gradients of a RewardModel, which reads the "
-                "policy's token ids; ARGS, ChunkBeamSearch, CARDS and BestOfN do without"
-            )
-        super().__init__(reward, tokenizer=tokenizer, streamer=streamer)
-        check_positive(
-            refinements=refinements, candidates=candidates, check_every=check_every, nudge_tokens=nudge_tokens
+        super().__init__(
+            reward,
+            tokenizer=tokenizer,
+            entropy_threshold=entropy_threshold,
+            candidates=candidates,
+            check_every=check_every,
+            insertion_offset=insertion_offset if insertion_offset is not None else (4 if as_released else 0),
+            streamer=streamer,
         )
-        if math.isnan(entropy_threshold):
-            raise ValueError("entropy_threshold is NaN, but must be a number of nats")
+        check_positive(refinements=refinements, nudge_tokens=nudge_tokens)
         if perplexity_ratio is not None and not perplexity_ratio >= 1:
             raise ValueError(f"perplexity_ratio is {perplexity_ratio}, but must be at least 1 (or None for no limit)")
         if as_released and tokenizer is None:
             raise ValueError("as_released keeps its state as text and needs tokenizer=")
-        self.reward: RewardModel = reward
-        self.entropy_threshold = entropy_threshold
+        if speculate is not None:
+            check_positive(speculate=speculate)
         self.refinements = refinements
-        self.candidates = candidates
-        self.check_every = check_every
         self.nudge_tokens = nudge_tokens
         self.perplexity_ratio = perplexity_ratio
         self.as_released = as_released
-        self.insertion_offset = insertion_offset if insertion_offset is not None else (4 if as_released else 0)
+        self.speculate = speculate
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if self.as_released:
             return released_prompt(tokenizer, prompt, prefill_attack=self.insertion_offset == 0)
         return super().encode_prompt(tokenizer, prompt)
 
-    def _decode(self, request: Request, counters: Counters) -> Generation:
-        check_candidates(request.model, self.candidates)
-        check_room("reward model", context_length(self.reward.model), len(request.prompt_ids), request.max_new_tokens)
-        if self.as_released:
-            assert self.tokenizer is not None
-            rules = released_rules(self.tokenizer, request.eos_ids)
-            search = self._open_search(request, counters, rules, ClampedTopK(self.candidates))
-            return decode_as_released(request, self.tokenizer, search, self.insertion_offset, self._stream)
-        rules = EndRules(request.eos_ids, lambda token_ids: token_ids[-1] in request.eos_ids)
-        search = self._open_search(request, counters, rules, TopK(self.candidates))
-        trace = Trace()
-        token_ids: list[int] = []
-        while not search.complete:
-            segment = search.refine(0 if trace.segments else self.insertion_offset)
-            trace.append(segment)
-            token_ids += segment.chosen.token_ids
-            self._stream(list(segment.chosen.token_ids))
-        return Generation(
-            request.prompt_ids, token_ids, finish_reason(token_ids, request), search.reward, trace, counters
-        )
+    def _rows(self, *, alone: bool) -> int:
+        # Several responses fill a pass by themselves; without a second refinement there is nothing to speculate about.
+        if not alone or self.refinements <= 2 or self.nudge_tokens > 1:
+            return 1
+        return min(MOST_ROWS if self.speculate is None else self.speculate, self.candidates)
+
+    def _reader(self) -> TopK:
+        return ClampedTopK(self.candidates) if self.as_released else super()._reader()
+
+    def _decoding(
+        self, request: Request, lane: PolicyLane, opening: Position, counters: Counters
+    ) -> Decoding[Generation]:
+        if not self.as_released:
+            return (yield from super()._decoding(request, lane, opening, counters))
+        assert self.tokenizer is not None
+        rules = released_rules(self.tokenizer, request.eos_ids)
+        search = self._open_search(request, lane, opening, counters, rules)
+        return (yield from decode_as_released(request, self.tokenizer, search, self.insertion_offset, self._stream))
 
     def _open_search(
-        self, request: Request, counters: Counters, rules: EndRules, reader: Reader[Position]
+        self, request: Request, lane: PolicyLane, opening: Position, counters: Counters, rules: EndRules
     ) -> SegmentSearch:
-        """A search whose models hold the prompt."""
         settings = SearchSettings(
             entropy_threshold=self.entropy_threshold,
             refinements=self.refinements,
@@ -120,8 +120,7 @@ class GGRO(GuidedDecoder):
             perplexity_ratio=self.perplexity_ratio,
             total=len(request.prompt_ids) + request.max_new_tokens,
         )
-        policy = open_policy(request, counters, reader)
-        prefix = RewardPrefix(self.reward, counters, capacity=settings.total)
-        with counters.phase("reward"):
-            prefix.extend(list(request.prompt_ids))
-        return SegmentSearch(settings, rules, policy, prefix, counters)
+        prefix = self._open_prefix(request, counters)
+        return SegmentSearch(
+            settings, rules, lane, opening, prefix, counters, Speculation(lane, prefix, self.speculate)
+        )

@@ -7,7 +7,9 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ggro_hf.decoding.base import Request
-from ggro_hf.decoding.segment_search import EndRules, SegmentSearch
+from ggro_hf.decoding.candidates import EndRules
+from ggro_hf.decoding.segment_search import SegmentSearch
+from ggro_hf.decoding.work import Decoding
 from ggro_hf.prompts import END_OF_TURN, released_response
 from ggro_hf.reading import TopK
 from ggro_hf.results import Generation, Trace
@@ -19,10 +21,10 @@ _SMALLEST_PROBABILITY = 1e-9
 class ClampedTopK(TopK):
     """The entropy is that of clamped probabilities."""
 
-    def on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        indices, logsumexp, _, values = super().on_device(logits)
+    def rows_on_device(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        indices, logsumexp, _, values = super().rows_on_device(logits)
         probabilities = torch.softmax(logits.float(), dim=-1).clamp_min(_SMALLEST_PROBABILITY)
-        return indices, logsumexp, -(probabilities * probabilities.log()).sum(), values
+        return indices, logsumexp, -(probabilities * probabilities.log()).sum(-1), values
 
 
 class NoProgressError(RuntimeError):
@@ -49,7 +51,7 @@ def decode_as_released(
     search: SegmentSearch,
     insertion_offset: int,
     on_tokens: Callable[[list[int]], None],
-) -> Generation:
+) -> Decoding[Generation]:
     """One response, segment by segment, with text as the state.
 
     Raises NoProgressError where the released code would repeat the same segment for ever: a stop token that does not
@@ -76,7 +78,7 @@ def decode_as_released(
         states.add((text, offset))
         ids = _encode(tokenizer, text)
         search.move_to(ids)
-        segment = search.refine(offset)
+        segment = yield from search.refine(offset)
         chosen, offset = segment.chosen, 0
         trace.append(segment)
         on_tokens(list(chosen.token_ids))

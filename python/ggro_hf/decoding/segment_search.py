@@ -1,303 +1,130 @@
 """GGRO's inner loop: decode a segment, score it, let the reward's gradient propose a token; commit the best."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from ggro_hf.cache import Branch
-from ggro_hf.policy import Policy
+from ggro_hf.decoding.candidates import EndRules, Pass, SegmentSettings, decode
+from ggro_hf.decoding.segment_decoding import SegmentDecoding, is_among, ranked_proposals
+from ggro_hf.decoding.speculation import Plan, Speculation
+from ggro_hf.decoding.work import Decoding
+from ggro_hf.policy_lane import PolicyLane
 from ggro_hf.reading import Position
-from ggro_hf.results import Candidate, Counters, Segment
+from ggro_hf.results import Counters, Segment
 from ggro_hf.rewards import RewardPrefix
-from ggro_hf.transfer import to_device
-from ggro_kernels import candidate_scores
-
-# An entropy stop needs this many decoded tokens, the stopping one included.
-_TOKENS_BEFORE_STOP = 4
-
-# Tokens before the last that a stop rule may look at, enough for a stop string spelled letter by letter.
-_STOP_CONTEXT = 16
-
-# The released code scales the current token's score with this, so that candidates compete against zero.
-_CURRENT_TOKEN_FACTOR = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
-class EndRules:
-    """What ends a segment and a response; our own rules and the released ones differ here.
-
-    `stop` says whether the last of a few tokens ends the segment whatever the entropy, `finish_ids` which last tokens
-    finish the response.
-    """
-
-    finish_ids: frozenset[int]
-    stop: Callable[[list[int]], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSettings:
+class SearchSettings(SegmentSettings):
     """GGRO's numbers, as documented there; `total` is the length of the whole sequence at which decoding ends."""
 
-    entropy_threshold: float
     refinements: int
-    check_every: int
     nudge_tokens: int
     perplexity_ratio: float | None
-    total: int
 
 
-@dataclass(eq=False, slots=True)
-class _Pass:
-    """One decoded candidate, with what it takes to go on from it and to bring it back."""
-
-    token_ids: list[int]
-    positions: list[Position]
-    finished: bool
-    forced: tuple[int, ...]
-    # Where the segment ended before a token that the next one opens with.
-    boundary: Position | None
-    boundary_token: int | None
-    reward: float = math.nan
-    proposal_scores: tuple[float, ...] = ()
-    next_forced: tuple[int, ...] = ()
-    policy_branch: Branch | None = None
-    reward_branch: Branch | None = None
-
-    def perplexity(self) -> float:
-        """Perplexity of the kept tokens under the policy."""
-        steps = zip(self.token_ids, self.positions, strict=True)
-        total = sum(position.log_probability(token) for token, position in steps)
-        return math.exp(-total / max(1, len(self.token_ids)))
-
-
-class SegmentSearch:
+class SegmentSearch(SegmentDecoding):
     """Refines one segment after another on a policy and a reward prefix that hold the same sequence.
 
-    Least work for the published result (exact because both models are causal): what precedes the nudged token is
-    neither decoded nor scored twice, a proposal that was tried is not decoded again, every candidate costs one reward
-    pass over its own tokens and at most one backward, and the winner's keys and values are put back rather than
-    computed.
+    A proposal that was tried is not decoded again. Candidates that are likely to be asked for may be decoded and scored
+    beside one that is; the chain then looks them up.
     """
+
+    _settings: SearchSettings
 
     def __init__(
         self,
         settings: SearchSettings,
         rules: EndRules,
-        policy: Policy[Position],
+        policy: PolicyLane,
+        opening: Position,
         prefix: RewardPrefix,
         counters: Counters,
+        speculation: Speculation,
     ) -> None:
-        self.counters = counters
-        self._settings = settings
-        self._rules = rules
-        self._policy = policy
-        self._prefix = prefix
-        self._opening: Position | None = policy.position
+        """`opening` is the policy's position after the sequence."""
+        super().__init__(settings, rules, policy, opening, prefix, counters, settings.nudge_tokens)
+        self._speculation = speculation
+        # Of the last batch: its plan, and the ranking that it was made by.
+        self._plan = Plan(1, scores_ahead=False)
+        self._ranking: list[int] = []
 
-    @property
-    def complete(self) -> bool:
-        """Whether the segment refined last ended the response, so that no other can follow it."""
-        return self._opening is None
+    def refine(self, offset: int) -> Decoding[Segment]:
+        refinements = self._settings.refinements
+        base, shared = yield from self._decode_base(offset, alone=refinements == 1)
+        yield from self._score([base], offset, shared, last=refinements == 1)
 
-    @property
-    def reward(self) -> float:
-        """Reward of the sequence that both models hold."""
-        return self._prefix.reward
-
-    def reward_of(self, token_ids: list[int]) -> float:
-        """Reward of another sequence, read at its last token that is not padding, as classifiers pool."""
-        padding = self._prefix.reward_model.model.config.pad_token_id
-        end = max((index for index, token in enumerate(token_ids) if token != padding), default=0) + 1
-        with self.counters.phase("reward"):
-            return self._prefix.move_to(token_ids[:end])
-
-    def move_to(self, token_ids: list[int]) -> None:
-        """Make `token_ids` the sequence of both models, recomputing what follows the longest common prefix."""
-        if token_ids != self._policy.token_ids or self.complete:
-            with self.counters.phase("prefill"):
-                self._opening = self._policy.move_to(token_ids)
-        with self.counters.phase("reward"):
-            self._prefix.move_to(token_ids)
-
-    def refine(self, offset: int) -> Segment:
-        """Search the next segment, replacing tokens at `offset`, and commit the best candidate to both models.
-
-        Raises FloatingPointError where every candidate's reward is NaN.
-        """
-        opening = self._opening
-        assert opening is not None
-        start = len(self._policy.token_ids)
-        base = self._decode(start, opening, [], [], ())
-        # The tokens before the nudged one are the same in all candidates, so they join the constant prefix.
-        shared = offset if self._settings.refinements > 1 and len(base.token_ids) > offset else 0
-        if shared:
-            with self.counters.phase("reward"):
-                self._prefix.extend(base.token_ids[:shared])
-
-        passes = [base]
-        self._score(base, offset, shared, last=self._settings.refinements == 1)
-        best = base if self._may_win(base, base) else None
-        current = base
-        for refinement in range(1, self._settings.refinements):
+        passes, best, current = [base], self._better(None, base), base
+        # Decoded, if not scored yet, and not asked for so far.
+        known: dict[tuple[int, ...], Pass] = {}
+        for refinement in range(1, refinements):
             if not current.next_forced or _tried(current.next_forced, passes, offset):
                 break
-            if best is not None and best is current:
-                best.policy_branch = self._policy.save(start + offset)
-                best.reward_branch = self._prefix.save(best.token_ids[shared:])
-            current = self._decode(
-                start, base.positions[offset], base.token_ids[:offset], base.positions[:offset], current.next_forced
-            )
-            if any(current.token_ids == earlier.token_ids for earlier in passes):
+            last = refinement + 1 == refinements
+            self._observe(current, first=refinement == 1)
+            asked = known.pop(current.next_forced, None)
+            if asked is not None:
+                self.counters.speculation_hits += 1
+                batch = [asked]
+            else:
+                self.counters.speculation_misses += 1
+                batch = self._batch(base, current, passes, known.values(), offset)
+                self._keep_rows([*known.values(), best])
+                yield from decode(batch, self._policy, self._settings, self._rules, offset, asked=1)
+                # One that failed is decoded again if it is asked for, and then it fails.
+                batch = [candidate for candidate in batch if not candidate.failed]
+                known.update((candidate.forced, candidate) for candidate in batch[1:])
+            current = batch[0]
+            if is_among(current, passes):
                 break
+            others = batch[1:] if self._plan.scores_ahead else []
+            unscored = [one for one in (current, *others) if not one.scored and not is_among(one, passes)]
+            if unscored:
+                self._keep_places([*known.values(), best])
+                yield from self._score(unscored, offset, shared, last)
+            if last:
+                current.proposal_scores = ()
             passes.append(current)
-            self._score(current, offset, shared, last=refinement + 1 == self._settings.refinements)
-            if self._may_win(current, base) and (best is None or current.reward > best.reward):
-                best = current
+            best = self._better_likely(best, current, base)
 
-        if best is None:
-            raise FloatingPointError(
-                "the reward model answers NaN for every candidate of a segment; check its weights and its dtype"
-            )
-        self._commit(best, start, offset, shared)
-        candidates = tuple(_as_candidate(candidate, offset) for candidate in passes)
-        self._opening = best.boundary
-        return Segment(start, offset, candidates, passes.index(best))
+        self._count_waste(known.values(), offset)
+        return self._choose(best, passes, offset, shared)
 
-    def _decode(
-        self, start: int, position: Position, token_ids: list[int], positions: list[Position], forced: tuple[int, ...]
-    ) -> _Pass:
-        """Decode one candidate from `position` on, which follows the segment's `token_ids` so far."""
-        settings, rules, policy = self._settings, self._rules, self._policy
-        token_ids, positions = list(token_ids), list(positions)
-        offset = len(token_ids)
-        with self.counters.phase("decode"):
-            policy.rewind(start + offset)
-            while True:
-                token = _choose(position, forced, len(token_ids) - offset)
-                token_ids.append(token)
-                positions.append(position)
-                complete = start + len(token_ids) >= settings.total
-                if (
-                    complete
-                    or rules.stop([*policy.token_ids[-_STOP_CONTEXT:], token])
-                    or self._uncertain(position, len(token_ids))
-                ):
-                    break
-                # The token after the next will be wanted where the next is neither forced nor able to end the segment.
-                decoded = len(token_ids) + 1
-                free = decoded - offset > len(forced) and not self._checked(decoded)
-                position = policy.extend([token], run_ahead=free and start + decoded < settings.total)
-        finished = token in rules.finish_ids
-        if finished or complete:
-            return _Pass(token_ids, positions, finished, forced, None, None)
-        return _Pass(token_ids[:-1], positions[:-1], False, forced, position, token)
+    def _batch(self, base: Pass, current: Pass, tried: list[Pass], known: Iterable[Pass], offset: int) -> list[Pass]:
+        """The candidate that `current` asks for, and those that the chain may come to ask for."""
+        forced = [current.next_forced]
+        # A run of forced tokens is not ranked, and the last refinement asks for nothing more.
+        if self._settings.nudge_tokens == 1 and len(tried) + 1 < self._settings.refinements:
+            self._plan = self._speculation.plan(len(base.token_ids) - offset)
+            taken = {candidate.token_ids[offset] for candidate in (*tried, *known)}
+            ranked = ranked_proposals(current, base.positions[offset].tokens)
+            self._ranking = [token for token in ranked if token not in taken]
+            forced += [(token,) for token in self._ranking[1 : self._plan.rows]]
+        return [self._candidate(base, tokens, offset) for tokens in forced]
 
-    def _uncertain(self, position: Position, decoded: int) -> bool:
-        return self._checked(decoded) and position.entropy >= self._settings.entropy_threshold
+    def _observe(self, current: Pass, *, first: bool) -> None:
+        """Learn from what the chain asks for; the first link is the best of its ranking by definition."""
+        if first:
+            self._speculation.statistics.add_chain()
+        elif current.next_forced[0] in self._ranking:
+            self._speculation.statistics.add_link(self._ranking.index(current.next_forced[0]))
 
-    def _checked(self, decoded: int) -> bool:
-        """Whether the entropy of that many tokens' last may end the segment."""
-        settings = self._settings
-        return (
-            decoded >= _TOKENS_BEFORE_STOP
-            and decoded % settings.check_every == 0
-            and settings.entropy_threshold < math.inf
-        )
+    def _count_waste(self, candidates: Iterable[Pass], offset: int) -> None:
+        for candidate in candidates:
+            tokens = len(candidate.token_ids) - offset
+            # The policy has not read the last token of a response.
+            self.counters.wasted_policy_tokens += tokens if candidate.boundary is not None else tokens - 1
+            self.counters.wasted_reward_tokens += tokens if candidate.scored else 0
 
-    def _score(self, candidate: _Pass, offset: int, shared: int, last: bool) -> None:
-        """Fill in the reward, and the proposal unless no further candidate could follow."""
-        tokens = candidate.token_ids[shared:]
-        nudged = candidate.token_ids[offset : offset + self._settings.nudge_tokens]
-        wanted = 0 if last else len(nudged)
-        with self.counters.phase("reward" if not wanted else "reward and gradient"):
-            scored = self._prefix.score(tokens, gradient_tokens=wanted)
-        candidate.reward = scored.reward
-        if scored.gradient is None:
-            return
-        with self.counters.phase("proposal"):
-            run: list[int] = []
-            positions = candidate.positions[offset : offset + len(nudged)]
-            for scores, position in zip(
-                self._proposal_scores(scored.gradient, nudged, positions), positions, strict=True
-            ):
-                winner = _first_maximum(scores)
-                # Positions after the first take part only while the gradient likes a token better than staying.
-                if winner is None or (run and scores[winner] <= 0):
-                    break
-                if not run:
-                    candidate.proposal_scores = tuple(scores)
-                run.append(position.tokens[winner])
-            candidate.next_forced = tuple(run)
-
-    def _proposal_scores(
-        self, gradient: torch.Tensor, tokens: list[int], positions: list[Position]
-    ) -> list[list[float]]:
-        """The gradient's score of every proposal at each position, whose current token is that of `tokens`."""
-        reward = self._prefix.reward_model
-        proposals = [position.tokens for position in positions]
-        scores = candidate_scores(gradient, reward.embedding_table, to_device(proposals, gradient.device))
-        return [
-            [
-                score * _CURRENT_TOKEN_FACTOR if proposal == token else score
-                for score, proposal in zip(row, candidates, strict=True)
-            ]
-            for row, candidates, token in zip(
-                (scores * reward.embedding_scale).tolist(), proposals, tokens, strict=True
-            )
-        ]
-
-    def _may_win(self, candidate: _Pass, base: _Pass) -> bool:
-        if math.isnan(candidate.reward):
-            return False
+    def _better_likely(self, best: Pass | None, candidate: Pass, base: Pass) -> Pass | None:
+        """`_better` for a candidate that the policy finds likely enough to win, else the best so far."""
         ratio = self._settings.perplexity_ratio
-        return ratio is None or candidate is base or candidate.perplexity() <= ratio * base.perplexity()
-
-    def _commit(self, best: _Pass, start: int, offset: int, shared: int) -> None:
-        """Leave both models with the best candidate as their sequence."""
-        if best.policy_branch is not None:
-            self._policy.rewind(start + offset)
-            self._policy.restore(best.policy_branch)
-        segment = best.token_ids[shared:]
-        if best.reward_branch is not None:
-            self._prefix.restore(best.reward_branch)
-        if segment:
-            self._prefix.commit(segment, best.reward)
+        likely = ratio is None or candidate is base or candidate.perplexity() <= ratio * base.perplexity()
+        return self._better(best, candidate) if likely else best
 
 
-def _choose(position: Position, forced: tuple[int, ...], step: int) -> int:
-    """The forced token while there is one that the policy finds likely here, else its own."""
-    if step < len(forced) and (step == 0 or forced[step] in position.tokens):
-        return forced[step]
-    return position.tokens[0]
-
-
-def _tried(forced: tuple[int, ...], passes: list[_Pass], offset: int) -> bool:
+def _tried(forced: tuple[int, ...], passes: list[Pass], offset: int) -> bool:
     """Whether these forced tokens must repeat an earlier candidate: prefix and forced tokens determine a segment."""
     return any(
         tuple(earlier.token_ids[offset : offset + len(forced)]) == forced and len(earlier.forced) <= len(forced)
         for earlier in passes
-    )
-
-
-def _first_maximum(scores: list[float]) -> int | None:
-    """Index of the largest score, the first of equals; None where the gradient is NaN."""
-    if any(math.isnan(score) for score in scores):
-        return None
-    return max(range(len(scores)), key=scores.__getitem__)
-
-
-def _as_candidate(candidate: _Pass, offset: int) -> Candidate:
-    scored = bool(candidate.proposal_scores)
-    return Candidate(
-        token_ids=tuple(candidate.token_ids),
-        entropies=tuple(position.entropy for position in candidate.positions),
-        reward=candidate.reward,
-        finished=candidate.finished,
-        forced_tokens=candidate.forced,
-        boundary_token=candidate.boundary_token,
-        boundary_entropy=None if candidate.boundary is None else candidate.boundary.entropy,
-        proposals=tuple(candidate.positions[offset].tokens) if scored else (),
-        proposal_scores=candidate.proposal_scores,
     )

@@ -107,7 +107,7 @@ def _respond(
     max_new_tokens: int,
     row: int,
 ) -> Generation:
-    return next(generate_iter(model, tokenizer, [prompt], decoder, max_new_tokens=max_new_tokens, first_row=row))
+    return next(generate_iter(model, tokenizer, [prompt], decoder, max_new_tokens=max_new_tokens, rows=[row]))
 
 
 def _differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
