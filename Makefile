@@ -69,6 +69,7 @@ bench: .venv/installed  ## kernels and decoding against their baselines
 	$(BIN)/python -m benchmarks --memory
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.guided_search --embedded --memory
+	$(BIN)/python -m benchmarks.pareto
 	$(BIN)/python -m benchmarks.prm_training --model embedded --memory
 
 readme-table: .venv/installed  ## README's table of the kernels from the committed results

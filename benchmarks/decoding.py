@@ -4,9 +4,10 @@
 
 Policy and reward model are Llama-shaped, 512 wide, 6 layers, fp32; 128 prompt tokens, 64 new ones. The released
 algorithm is its transcription in tests/ggro_hf/released.py with `released_cost`, whose stop-string table is built
-once, outside the clock (the released code builds it at every pass). Rounds are interleaved, figures are medians. Peak
-memory of GGRO and the released algorithm is measured in a fresh process each, as growth over the loaded models. The
-methods that decode greedily are also timed on the embedded pair.
+once, outside the clock (the released code builds it at every pass). Rounds are interleaved, figures are medians. Then
+16 prompts of different lengths, one by one and at once; the released algorithm takes one prompt at a time, so its
+figure is that of the single prompt. Peak memory is measured in a fresh process each, as growth over the loaded models.
+The methods that decode greedily are also timed on the embedded pair.
 """
 
 import argparse
@@ -22,9 +23,12 @@ from benchmarks.memory import last_number_printed_by, peak_growth
 from benchmarks.pairs import NEW_TOKENS, PROMPT_TOKENS, Pair, build_embedded_pair, build_pair, respond
 from benchmarks.rounds import interleaved
 from ggro_hf import GGRO, Greedy
+from ggro_hf.decoding.base import MAX_BATCH_TOKENS, Request
+from ggro_hf.results import Generation
 from tests.ggro_hf.released import ReleasedGGRO, Settings
 
 REFINEMENTS, CANDIDATES = 8, 25
+MANY_PROMPTS = 16
 
 
 def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
@@ -48,6 +52,7 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
     decoders_ = {
         "GGRO, as released": GGRO(pair.reward, tokenizer=pair.tokenizer, as_released=True, **settings),
         "GGRO": GGRO(pair.reward, **settings),
+        "GGRO, no speculation": GGRO(pair.reward, speculate=1, **settings),
         "GGRO, never intervening": never_intervening(pair),
         "Greedy": Greedy(),
     }
@@ -77,6 +82,10 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
             "reward_forward_tokens": generation.counters.reward_forward_tokens,
             "reward_backward_tokens": generation.counters.reward_backward_tokens,
             "seconds": generation.counters.seconds,
+            "speculation_hits": generation.counters.speculation_hits,
+            "speculation_misses": generation.counters.speculation_misses,
+            "wasted_policy_tokens": generation.counters.wasted_policy_tokens,
+            "wasted_reward_tokens": generation.counters.wasted_reward_tokens,
         }
 
     return {
@@ -84,6 +93,45 @@ def methods(pair: Pair) -> dict[str, Callable[[], dict[str, object]]]:
         **{name: (lambda decoder=decoder: run(decoder)) for name, decoder in decoders_.items()},
         "transformers generate, greedy": run_generate,
     }
+
+
+def many_prompts(pair: Pair) -> dict[str, Callable[[], list[Generation]]]:
+    """GGRO on many prompts, one by one and at once."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = pair.policy.config.vocab_size
+    prompts = [
+        torch.randint(3, vocabulary, (PROMPT_TOKENS - MANY_PROMPTS + 2 * number,), generator=generator).tolist()
+        for number in range(MANY_PROMPTS)
+    ]
+    decoder = GGRO(pair.reward, entropy_threshold=pair.threshold, refinements=REFINEMENTS, candidates=CANDIDATES)
+    requests = [Request(pair.policy, ids, NEW_TOKENS, frozenset(), row) for row, ids in enumerate(prompts)]
+    return {
+        f"{MANY_PROMPTS} prompts, one by one": lambda: [decoder.respond(request) for request in requests],
+        f"{MANY_PROMPTS} prompts at once": lambda: list(decoder.respond_all(requests, MAX_BATCH_TOKENS)),
+    }
+
+
+def measure_many_prompts(pair: Pair, rounds: int) -> dict[str, dict[str, object]]:
+    """One row for either way, after one warm-up."""
+    runs = many_prompts(pair)
+    for run in runs.values():
+        run()
+    measured = interleaved(runs, rounds)
+    (alone, _), _ = measured.values()
+    rows = {}
+    for name, (generations, seconds) in measured.items():
+        counters = [generation.counters for generation in generations]
+        phases = {phase for one in counters for phase in one.seconds}
+        rows[name] = {
+            "policy_tokens": sum(one.policy_tokens for one in counters),
+            "reward_forward_tokens": sum(one.reward_forward_tokens for one in counters),
+            "reward_backward_tokens": sum(one.reward_backward_tokens for one in counters),
+            "seconds": {phase: sum(one.seconds.get(phase, 0.0) for one in counters) for phase in sorted(phases)},
+            "tokens_per_second": MANY_PROMPTS * NEW_TOKENS / seconds,
+            "same_as_one_by_one": [one.token_ids for one in generations] == [one.token_ids for one in alone],
+            "rewards_differ_by": max(abs(a.reward - b.reward) for a, b in zip(generations, alone, strict=True)),
+        }
+    return rows
 
 
 def measure_without_nudges(pair: Pair, rounds: int) -> dict[str, float]:
@@ -148,6 +196,17 @@ def print_table(title: str, results: dict[str, dict[str, object]]) -> None:
             print(f"  {name}: {phases} s (last round)")
 
 
+def print_many(results: dict[str, dict[str, object]], released: float) -> None:
+    """One line a way, ratios against the released algorithm and the first way."""
+    alone = next(iter(results.values()))["tokens_per_second"]
+    for name, row in results.items():
+        speed = row["tokens_per_second"]
+        peak = f", peak {row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["seconds"].items())
+        print(f"{name}: {speed:.2f} tokens/s, {speed / released:.1f}x released, {speed / alone:.2f}x one by one{peak}")
+        print(f"  same tokens: {row['same_as_one_by_one']}, rewards within {row['rewards_differ_by']:.1g}; {phases} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32000, 128256])
@@ -157,7 +216,8 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
-        print(peak_growth(methods(build_pair(arguments.vocabulary[0]))[arguments.peak_of]))
+        pair = build_pair(arguments.vocabulary[0])
+        print(peak_growth((methods(pair) | many_prompts(pair))[arguments.peak_of]))
         return
     report: dict[str, object] = {
         "torch": torch.__version__,
@@ -178,15 +238,19 @@ def main() -> None:
         pair = build_pair(vocabulary)
         peaks = {
             name: last_number_printed_by("benchmarks.decoding", "--vocabulary", str(vocabulary), "--peak-of", name)
-            for name in ("released algorithm", "GGRO, as released")
+            for name in ("released algorithm", "GGRO, as released", "GGRO", f"{MANY_PROMPTS} prompts at once")
         }
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             results = measure(pair, arguments.rounds)
+            many = measure_many_prompts(pair, arguments.rounds)
             for name, peak in peaks.items():
-                results[name]["peak_bytes"] = peak
+                (results | many)[name]["peak_bytes"] = peak
             print_table(f"vocabulary {vocabulary}, {threads} thread(s)", results)
-            report["runs"].append({"vocabulary": vocabulary, "threads": threads, "methods": results})
+            print_many(many, results["released algorithm"]["tokens_per_second"])
+            report["runs"].append(
+                {"vocabulary": vocabulary, "threads": threads, "methods": results, "many_prompts": many}
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
