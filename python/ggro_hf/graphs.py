@@ -63,6 +63,12 @@ CAPTURES: dict[str, Callable[[Callable[[], object], torch.device], Captured[obje
 """What captures functions, by the type of device; on others a decode step is an ordinary forward pass."""
 
 
+def captured_size(count: int) -> int:
+    """What a pass over that many is captured for: a quarter more at most, so that few captures serve all numbers."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
 @contextmanager
 def _forbidden_waiting() -> Iterator[None]:
     previous = torch.cuda.get_sync_debug_mode()

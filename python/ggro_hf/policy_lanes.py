@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ggro_hf.attention import PREFIX_ATTENTION, attending
 from ggro_hf.cache import Branch, RewindableCache, common_prefix_length
 from ggro_hf.decode_step import forward
-from ggro_hf.graphs import CAPTURES, Captured
+from ggro_hf.graphs import CAPTURES, Captured, captured_size
 from ggro_hf.lanes import LaneCache
 from ggro_hf.models import device_of, disagreement, embedding_rows
 from ggro_hf.policy_lane import PolicyLane
@@ -169,7 +169,7 @@ class PolicyLanes:
         if any(lane.longest_row == self.cache.room for lane, _ in works):
             self._steps.clear()
             self.cache.widen()
-        width = _padded(max(len(tokens) for _, tokens in works))
+        width = captured_size(max(len(tokens) for _, tokens in works))
         nobodys = (0, 0, self.cache.columns - 1, self.cache.columns - 1)
         places = [[nobodys] * width for _ in self.lanes]
         for lane, tokens in works:
@@ -303,12 +303,13 @@ def _try_lanes(model: PreTrainedModel) -> bool:
     vocabulary = embedding_rows(model)
     reader = TopK(min(5, vocabulary))
     prompts = [[(7 * token + 1) % vocabulary for token in range(length)] for length in (5, 3)]
-    # Of either lane the first row gets two tokens, the second one.
-    steps = [[{0: 3, 1: 5}, {0: 4, 1: 6}], [{0: 7}, {0: 8}]]
+    # Of either lane the first row gets three tokens, the second two. The second step repeats what was captured with the
+    # first one's tokens, so that values that are taken for constants show.
+    steps = [[{0: 3, 1: 5}, {0: 4, 1: 6}], [{0: 9, 1: 10}, {0: 11, 1: 12}], [{0: 7}, {0: 8}]]
 
     def alone() -> torch.Tensor:
         sequences = [
-            prompt + [step[number][row] % vocabulary for step in steps[: 2 - row]]
+            prompt + [step[number][row] % vocabulary for step in steps[: 3 - row]]
             for number, prompt in enumerate(prompts)
             for row in (0, 1)
         ]
@@ -340,9 +341,3 @@ def _try_lanes(model: PreTrainedModel) -> bool:
     if reason is not None:
         _logger.warning("%s decodes one row at a time: %s", type(model).__name__, reason)
     return reason is None
-
-
-def _padded(rows: int) -> int:
-    """Rows of a step for that many, few sizes for all numbers: about a quarter more at most."""
-    size = max(1, 1 << max(0, rows.bit_length() - 3))
-    return -(-rows // size) * size

@@ -113,7 +113,11 @@ class Counters:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+            self.add_seconds(name, perf_counter() - start)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add to the wall time of a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 @dataclass(slots=True)

@@ -53,6 +53,11 @@ class Request:
     prompt: Prompt | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and response at most."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
 
 class Decoder(ABC):
     """A decoding method as an object, usable three ways.
@@ -152,7 +157,7 @@ class Decoder(ABC):
 
 def open_policy(request: Request, counters: Counters, reader: Reader[T]) -> Policy[T]:
     """A policy with the prompt in its cache, and room for the response."""
-    policy = Policy(request.model, counters, reader, capacity=len(request.prompt_ids) + request.max_new_tokens)
+    policy = Policy(request.model, counters, reader, capacity=request.total)
     with counters.phase("prefill"):
         policy.extend(list(request.prompt_ids))
     return policy

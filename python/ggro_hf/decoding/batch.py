@@ -49,7 +49,7 @@ class BatchDecoder(Decoder, ABC):
             solo = SoloLane(policy)
             decoding = self._decoding(request, solo, policy.position, counters)
             return run_alone(decoding, lambda work: solo.step(work.tokens, run_ahead=work.run_ahead), counters)
-        with lent_lane(request.model, self._reader(), _tokens(request), rows) as lanes:
+        with lent_lane(request.model, self._reader(), request.total, rows) as lanes:
             with counters.phase("prefill"):
                 lane, opening = lanes.open(request.prompt_ids, counters)
             decoding = self._decoding(request, lane, opening, counters)
@@ -111,11 +111,6 @@ class _Response:
     # None where it ran out of memory, and must begin again.
     work: Work | None
 
-    @property
-    def tokens(self) -> int:
-        """Prompt and response at most."""
-        return _tokens(self.request)
-
 
 class Batch(Iterator[Generation]):
     """Decodes requests in as many lanes as fit `max_batch_tokens` tokens of prompt and response; one always does.
@@ -167,7 +162,7 @@ class Batch(Iterator[Generation]):
     def _admit(self) -> None:
         while (following := self._peek()) is not None:
             number, request = following
-            capacity = max([_tokens(request), *(one.tokens for one in self._active)])
+            capacity = max([request.total, *(one.request.total for one in self._active)])
             lanes = len(self._active) + 1
             if lanes > 1 and (lanes * capacity > self._max_batch_tokens or lanes > (self._most or lanes)):
                 return
@@ -255,7 +250,7 @@ class Batch(Iterator[Generation]):
         """Divide the time of a pass among the responses that it served."""
         each = (perf_counter() - start) / len(served)
         for one, work in served:
-            one.counters.seconds[work.phase] = one.counters.seconds.get(work.phase, 0.0) + each
+            one.counters.add_seconds(work.phase, each)
 
     def _answer(self, served: Sequence[tuple[_Response, Work]], answers: list[Any]) -> None:
         short: Exception | None = None
@@ -299,7 +294,7 @@ class Batch(Iterator[Generation]):
         _logger.warning("out of memory with %d responses at once; going on with %d", self._at_once, self._most)
         kept = [one for one in self._active if one.work is not None][: self._most]
         self._begin_again([one for one in self._active if one not in kept])
-        capacity = max((one.tokens for one in kept), default=0)
+        capacity = max((one.request.total for one in kept), default=0)
         # Even that takes memory, since lanes are copied.
         if _out_of_memory(partial(self._lanes.resize, self._most, capacity)) is not None:
             self._begin_again(kept)
@@ -314,10 +309,6 @@ class Batch(Iterator[Generation]):
             self._close(response)
             self._waiting.append((response.number, response.request))
         self._waiting = deque(sorted(self._waiting, key=lambda waiting: waiting[0]))
-
-
-def _tokens(request: Request) -> int:
-    return len(request.prompt_ids) + request.max_new_tokens
 
 
 def _out_of_memory(work: Callable[[], None]) -> Exception | None:

@@ -77,8 +77,7 @@ class ExhaustiveSearch(SegmentDecoder):
     def _open_search(
         self, request: Request, lane: PolicyLane, opening: Position, counters: Counters, rules: EndRules
     ) -> "_Search":
-        total = len(request.prompt_ids) + request.max_new_tokens
-        settings = SegmentSettings(self.entropy_threshold, self.check_every, total)
+        settings = SegmentSettings(self.entropy_threshold, self.check_every, request.total)
         prefix = self._open_prefix(request, counters)
         prune = self.prune if self.prune is not None and self.prune < self.candidates - 1 else None
         return _Search(settings, rules, lane, opening, prefix, counters, prune)

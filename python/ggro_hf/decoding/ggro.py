@@ -118,7 +118,7 @@ class GGRO(SegmentDecoder):
             check_every=self.check_every,
             nudge_tokens=self.nudge_tokens,
             perplexity_ratio=self.perplexity_ratio,
-            total=len(request.prompt_ids) + request.max_new_tokens,
+            total=request.total,
         )
         prefix = self._open_prefix(request, counters)
         return SegmentSearch(

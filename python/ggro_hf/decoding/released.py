@@ -60,7 +60,7 @@ def decode_as_released(
     """
     text = _decode(tokenizer, request.prompt_ids)
     prompt_length = len(_encode(tokenizer, text))
-    if prompt_length >= len(request.prompt_ids) + request.max_new_tokens:
+    if prompt_length >= request.total:
         raise ValueError(
             f"the prompt's {len(request.prompt_ids)} tokens become {prompt_length} when its text is tokenised again, "
             f"which leaves no room for max_new_tokens={request.max_new_tokens}; raise it, or use as_released=False"

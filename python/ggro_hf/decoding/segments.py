@@ -80,7 +80,7 @@ class SegmentDecoder(BatchDecoder, GuidedDecoder):
 
     def _open_prefix(self, request: Request, counters: Counters) -> RewardPrefix:
         """The reward model with the prompt in its cache, and room for the response."""
-        prefix = RewardPrefix(self.reward, counters, capacity=len(request.prompt_ids) + request.max_new_tokens)
+        prefix = RewardPrefix(self.reward, counters, capacity=request.total)
         with counters.phase("reward"):
             prefix.extend(list(request.prompt_ids))
         return prefix

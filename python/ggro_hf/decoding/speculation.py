@@ -24,8 +24,8 @@ MOST_ROWS = 8
 # Numbers of rows and of reward tokens whose cost is measured; between them it is taken to be linear.
 _MEASURED_ROWS, _MEASURED_TOKENS = (1, 2, 4, 8), (4, 8, 16, 32)
 _MEASURED_PREFIX = 128
-# Runs before the cost is taken: the first is an ordinary pass, the second is captured.
-_UNTIMED, _TIMED = 2, 3
+# Runs before the cost is taken, in which the pass is captured, and those of which the shortest counts.
+_UNTIMED, _TIMED = 1, 3
 
 # Links of a chain after the first, and how many of them asked for a candidate of that rank in the ranking of the
 # gradient, best first: of the embedded models and of random ones alike. They weigh as much as this many links.
@@ -60,7 +60,7 @@ class Plan:
 
 
 class ChainStatistics:
-    """How long chains are, and which candidates they ask for, for one pair of models."""
+    """How long chains are, and which candidates they ask for, with one reward model."""
 
     def __init__(self) -> None:
         self._chains, self._links = _WEIGHT / _LINKS, float(_WEIGHT)
@@ -124,7 +124,8 @@ def _interpolated(points: tuple[tuple[int, float], ...], x: float) -> float:
 
 
 _statistics: weakref.WeakKeyDictionary[PreTrainedModel, ChainStatistics] = weakref.WeakKeyDictionary()
-_costs: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int], Costs]] = weakref.WeakKeyDictionary()
+_ByPolicy = weakref.WeakKeyDictionary[PreTrainedModel, dict[int, Costs]]
+_costs: weakref.WeakKeyDictionary[PreTrainedModel, _ByPolicy] = weakref.WeakKeyDictionary()
 
 
 def _statistics_of(prefix: RewardPrefix) -> ChainStatistics:
@@ -133,11 +134,12 @@ def _statistics_of(prefix: RewardPrefix) -> ChainStatistics:
 
 def _costs_of(lane: Lane, prefix: RewardPrefix) -> Costs:
     """Measured once for a pair of models and a number of threads."""
-    known = _costs.setdefault(prefix.reward_model.model, {})
-    key = id(lane.model), torch.get_num_threads()
-    if key not in known:
-        known[key] = _measured(lane, prefix)
-    return known[key]
+    by_policy = _costs.setdefault(prefix.reward_model.model, weakref.WeakKeyDictionary())
+    known = by_policy.setdefault(lane.model, {})
+    threads = torch.get_num_threads()
+    if threads not in known:
+        known[threads] = _measured(lane, prefix)
+    return known[threads]
 
 
 def _measured(lane: Lane, prefix: RewardPrefix) -> Costs:

@@ -51,11 +51,10 @@ def run_alone(decoding: Decoding[T], step: Callable[[Step], list[Any]], counters
     try:
         work = next(decoding)
         while True:
-            if isinstance(work, Step):
-                with counters.phase(work.phase):
+            with counters.phase(work.phase):
+                if isinstance(work, Step):
                     answers = step(work)
-            else:
-                with counters.phase(work.phase):
+                else:
                     (answers,) = score_segments([(work.prefix, work.segments)], work.gradient_tokens)
             work = decoding.send(answers)
     except StopIteration as finished:

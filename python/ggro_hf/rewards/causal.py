@@ -208,9 +208,12 @@ class RewardPrefix:
                 embeddings = self._embed(segment).requires_grad_(gradient_tokens > 0)
                 reward = self._read(embeddings)
                 gradient = torch.autograd.grad(reward, embeddings)[0][0, :gradient_tokens] if gradient_tokens else None
-            layers.append(self._cache.read(start, start + len(segment)))
             scores.append((float(reward.detach()), gradient))
-        self._cache.rewind(start)
+            # A single one lies where it is to lie.
+            if len(segments) > 1:
+                layers.append(self._cache.read(start, start + len(segment)))
+        if layers:
+            self._cache.rewind(start)
         for own in layers:
             self._cache.write(own)
         places = self.behind(segments).places

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ggro_hf.attention import attending
+from ggro_hf.graphs import captured_size
 from ggro_hf.models import device_of
 from ggro_hf.recording import CaptureError, Recording
 from ggro_hf.rewards.behind import BEHIND_PREFIXES, Behind, Held, holding, new_number
@@ -151,7 +152,7 @@ class SegmentPasses:
         layers = len(parts[0].cache.rewindable)
         if not self.records or tokens > _LONGEST:
             return _Pass(self._model, layers, tokens, gradient=gradient)
-        key = _padded(tokens), gradient
+        key = captured_size(tokens), gradient
         found = self._recorded.get(key)
         if found is not None:
             self._recorded.move_to_end(key)
@@ -186,9 +187,3 @@ def _ends(parts: Sequence[Behind]) -> list[int]:
     """Of every segment the place of its last token in the pass."""
     lengths = (len(segment) for part in parts for segment in part.segments)
     return [end - 1 for end in itertools.accumulate(lengths)]
-
-
-def _padded(tokens: int) -> int:
-    """Tokens of a recording for that many: about an eighth more at most, so that few recordings serve all lengths."""
-    step = max(1, 1 << max(0, tokens.bit_length() - 3))
-    return -(-tokens // step) * step
