@@ -76,6 +76,14 @@ PYBIND11_MODULE(_native, m) {
            &A::value_width, &A::scale, &A::softcap, &A::window, &A::output, &A::num_threads);
   }
   {
+    using A = ggro::PrefixAttentionBackwardArgs;
+    define(m, "prefix_attention_backward", ggro::prefix_attention_backward, &A::dtype, &A::gradient, &A::query,
+           &A::prefix_key, &A::prefix_value, &A::branch_key, &A::branch_value, &A::branch_starts, &A::branch_ends,
+           &A::prefix_lengths, &A::batch, &A::query_heads, &A::key_heads, &A::tokens, &A::prefix_tokens,
+           &A::branch_tokens, &A::key_width, &A::value_width, &A::scale, &A::softcap, &A::window, &A::query_gradient,
+           &A::key_gradient, &A::value_gradient, &A::num_threads);
+  }
+  {
     using A = ggro::ScoreSelectArgs;
     define(m, "score_select", ggro::score_select, &A::hidden, &A::hidden_dtype, &A::hidden_row_stride,
            &A::hidden_candidate_stride, &A::head, &A::head_dtype, &A::logits, &A::logits_dtype, &A::uniforms, &A::rows,

@@ -128,6 +128,11 @@ def _differentiable(
     return call
 
 
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that an op has no gradient for, outside the graph."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def takes_impl(op: str) -> bool:
     """Whether `impl=` chooses what runs `op`; other ops are eager torch everywhere."""
     arguments = getattr(getattr(torch.ops, NAMESPACE), op).default._schema.arguments

@@ -24,20 +24,38 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     return native().cuda if device.type == "cuda" else None
 
 
-_thread = local()
+class _Thread(local):
+    observe: Callable[[Callable[[], None]], None] | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def observing(observe: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-    """Within it, `observe` gets every call on a CPU that this thread makes of the extension, to be made again.
+    """Within it, this thread's calls of the extension on a CPU go to `observe`, which makes them, now and later.
 
-    A call has the addresses of its tensors, and does not keep them.
+    Such a call has the addresses of its tensors, and does not keep them.
     """
+    before = _thread.observe
     _thread.observe = observe
     try:
         yield
     finally:
-        del _thread.observe
+        _thread.observe = before
+
+
+def is_observed() -> bool:
+    """Whether this thread is within `observing`."""
+    return _thread.observe is not None
+
+
+def call_observed(call: Callable[[], None]) -> None:
+    """Call it, or let it be called where this thread is within `observing`."""
+    if _thread.observe is None:
+        call()
+    else:
+        _thread.observe(call)
 
 
 def run(op: str, device: torch.device, *fields: object) -> None:
@@ -47,11 +65,7 @@ def run(op: str, device: torch.device, *fields: object) -> None:
     """
     kernels = gpu_kernels(device)
     if kernels is None:
-        call = partial(_run_on_cpu, getattr(native(), op), fields)
-        observe = getattr(_thread, "observe", None)
-        if observe is not None:
-            observe(call)
-        call()
+        call_observed(partial(_run_on_cpu, getattr(native(), op), fields))
         return
     # Floats, so that tests see what is read before it is written.
     floats = -(-getattr(kernels, f"{op}_workspace")(*fields) // 4)

@@ -1,5 +1,7 @@
 """Branches that share a prefix, against one sdpa call with a dense mask over the packed tree."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -55,6 +57,17 @@ FLASHINFER = Provider(
 )
 
 
+def gradients_of(attend: Callable[..., torch.Tensor]) -> Callable[..., list[torch.Tensor | None]]:
+    """What reaches the floating inputs, by the whole way there and back."""
+
+    def run(**inputs: torch.Tensor) -> list[torch.Tensor | None]:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+        output = attend(**inputs | leaves)
+        return list(torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), allow_unused=True))
+
+    return run
+
+
 def case(
     branches: int,
     length: int,
@@ -62,8 +75,10 @@ def case(
     dtype: torch.dtype,
     heads: tuple[int, int, int] = (32, 8, 128),
     libraries: tuple[Provider, ...] = (),
+    gradients: bool = False,
     **flags: bool,
 ) -> Case:
+    """With `gradients` there and back: our prefix is a constant, the baselines have gradients of all keys."""
     query_heads, key_heads, width = heads
     tokens = branches * length
 
@@ -80,10 +95,19 @@ def case(
             "branch_starts": (torch.arange(tokens) // length * length)[None],
         }
 
-    attended = tokens * prefix + branches * length * (length + 1) // 2
+    own = branches * length * (length + 1) // 2
+    attended = tokens * prefix + own
+    elements = 2 * width * (query_heads * tokens + key_heads * (prefix + tokens))
+    products = 2 * attended
+    wrap = None
+    if gradients:
+        elements += width * (3 * query_heads * tokens + 2 * key_heads * (prefix + 2 * tokens))
+        products += 3 * attended + 2 * own
+        wrap = gradients_of
     return Case(
         op="prefix_attention",
-        label=f"{branches} x {length} after {prefix}, {query_heads}/{key_heads} x {width}",
+        label=f"{branches} x {length} after {prefix}, {query_heads}/{key_heads} x {width}"
+        + ", with gradients" * gradients,
         shape={
             "branches": branches,
             "length": length,
@@ -93,13 +117,15 @@ def case(
             "width": width,
         },
         dtype=dtype,
-        bytes=2 * width * (query_heads * tokens + key_heads * (prefix + tokens)) * dtype.itemsize,
-        flops=4 * query_heads * width * attended,
+        bytes=elements * dtype.itemsize,
+        flops=2 * query_heads * width * products,
         inputs=inputs,
         providers=(
-            ours("prefix_attention"),
-            Provider("sdpa, repeat_kv", sdpa_repeat_kv, prepare=packed),
-            Provider("sdpa, enable_gqa", sdpa_gqa, prepare=packed),
+            ours("prefix_attention", wrap),
+            *(
+                Provider(name, wrap(function) if wrap else function, prepare=packed)
+                for name, function in (("sdpa, repeat_kv", sdpa_repeat_kv), ("sdpa, enable_gqa", sdpa_gqa))
+            ),
             *libraries,
         ),
         **flags,
@@ -116,6 +142,9 @@ CASES = [
     case(25, 4, 1024, torch.float32, (8, 2, 64)),
     case(30, 1, 2048, torch.bfloat16, shown=True),
     case(8, 32, 2048, torch.bfloat16, memory=True),
+    case(1, 8, 160, torch.float32, (8, 8, 64), gradients=True),
+    case(8, 32, 512, torch.float32, gradients=True, shown=True),
+    case(8, 32, 512, torch.bfloat16, gradients=True),
 ]
 
 GPU_CASES = [

@@ -6,10 +6,10 @@
 #include <memory>
 #include <type_traits>
 
+#include "attention_branches.h"
 #include "counts.h"
 #include "dtypes.h"
 #include "gemm.h"
-#include "ggro/errors.h"
 #include "kernels.h"
 #include "narrow.h"
 #include "simd.h"
@@ -25,6 +25,9 @@ namespace {
 // Keys are taken in tiles of this many, counted from the first token of the prefix and of the branch.
 constexpr int64_t kTileKeys = 128;
 constexpr int64_t kMaxRows = 128;
+
+// Of longer prefixes the next head's keys would drive its values out of the cache.
+constexpr int64_t kFetchedKeys = 2 * kTileKeys;
 
 // Scores of a row, with room to work on whole vectors that begin at any of them.
 constexpr int64_t kScoreStride = kTileKeys + kLanes;
@@ -47,37 +50,6 @@ void copy_units(const T* x, int64_t width, BFloat16Pair* out) {
 // Up to this many rows the keys are transposed in registers.
 constexpr int kFewRows = 8;
 
-// The keys of a segment that a token sees.
-struct Range {
-  int64_t first;
-  int64_t end;
-};
-
-// Keys and values of consecutive tokens of one key head: a prefix or a branch.
-template <typename T>
-struct Segment {
-  const T* keys;
-  int64_t key_stride;
-  const T* values;
-  int64_t value_stride;
-
-  Segment from(int64_t token) const {
-    return {keys + token * key_stride, key_stride, values + token * value_stride, value_stride};
-  }
-};
-
-// Where the key and value of a token lie among those of the branches.
-int64_t end_of(const PrefixAttentionArgs& args, int64_t batch, int64_t token) {
-  return args.branch_ends == nullptr ? token : args.branch_ends[batch * args.tokens + token];
-}
-
-template <typename T>
-Segment<T> segment(const HeadsView& keys, const HeadsView& values, int64_t batch, int64_t head) {
-  return {static_cast<const T*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride, keys.token_stride,
-          static_cast<const T*>(values.data) + batch * values.batch_stride + head * values.head_stride,
-          values.token_stride};
-}
-
 // Attention of up to kMaxRows queries that read one key head, under one running softmax over every segment.
 // Row r of a key head is token r / group, query head r % group of its group: neighbours see nearly the same keys.
 template <typename T>
@@ -90,7 +62,9 @@ class QueryTile {
       : args_(args),
         group_(args.query_heads / args.key_heads),
         units_(count_units<Unit>(args.key_width)),
-        padded_width_(round_up(args.value_width, kTileColumns)) {
+        padded_width_(round_up(args.value_width, kTileColumns)),
+        ahead_(args.prefix_tokens <= kFetchedKeys ? args.prefix_key.head_stride
+                                                  : kTileKeys * args.prefix_key.token_stride) {
     const int64_t floats =
         rows * (units_ + kScoreStride + 1 + kLanes + padded_width_) + kTileColumns * units_ + kTileKeys * padded_width_;
     constexpr int64_t kParts = 7;
@@ -117,7 +91,7 @@ class QueryTile {
     start(batch, key_head, first_row, end_row);
     const int64_t rows = end_row - first_row;
     const int64_t* starts = args_.branch_starts + batch * args_.tokens;
-    const int64_t length = args_.prefix_lengths == nullptr ? args_.prefix_tokens : args_.prefix_lengths[batch];
+    const int64_t length = prefix_length(args_, batch);
     for (int r = 0; r < rows; ++r) {
       const int64_t token = (first_row + r) / group_;
       visible_[r] = {std::max<int64_t>(0, length + end_of(args_, batch, token) - starts[token] + 1 - args_.window),
@@ -288,7 +262,7 @@ class QueryTile {
   void score_few_rows(const Segment<T>& tile, int64_t keys, int first) {
     for (int64_t column = 0; column < keys; column += kLanes) {
       prefetch(tile.values + column * tile.value_stride, tile.value_stride, args_.value_width);
-      prefetch(tile.keys + (column + kTileKeys) * tile.key_stride, tile.key_stride, args_.key_width);
+      prefetch(tile.keys + column * tile.key_stride + ahead_, tile.key_stride, args_.key_width);
       multiply_transposed<kRows>(queries_ + first * units_, units_, tile.keys + column * tile.key_stride,
                                  tile.key_stride, keys - column, args_.key_width,
                                  scores_ + first * kScoreStride + column, kScoreStride);
@@ -328,6 +302,8 @@ class QueryTile {
   const int64_t group_;
   const int64_t units_;
   const int64_t padded_width_;
+  // How far from those in use the keys lie that are fetched: in the next tile, or at the same place of the next head.
+  const int64_t ahead_;
   std::unique_ptr<float[]> scratch_;
   Unit* queries_;
   Unit* packed_keys_;
@@ -362,22 +338,6 @@ void run(const PrefixAttentionArgs& args) {
     for (int64_t i = next++; i < heads * tiles; i = next++) {
       const int64_t head = i / tiles, first = i % tiles * tile_rows;
       tile.attend(head / args.key_heads, head % args.key_heads, first, std::min(rows, first + tile_rows));
-    }
-  }
-}
-
-void check_branches(const PrefixAttentionArgs& args) {
-  for (int64_t b = 0; b < args.batch; ++b) {
-    if (args.prefix_lengths != nullptr && (args.prefix_lengths[b] < 0 || args.prefix_lengths[b] > args.prefix_tokens)) {
-      throw_out_of_range("prefix_lengths", b, args.prefix_lengths[b], args.prefix_tokens,
-                         "the prefix tokens there are");
-    }
-    for (int64_t i = 0; i < args.tokens; ++i) {
-      const int64_t start = args.branch_starts[b * args.tokens + i], end = end_of(args, b, i);
-      if (end < 0 || end >= args.branch_tokens) {
-        throw_out_of_range("branch_ends", b, i, end, args.branch_tokens - 1, "the branch tokens there are");
-      }
-      if (start < 0 || start > end) throw_out_of_range("branch_starts", b, i, start, end, "the tokens up to this one");
     }
   }
 }

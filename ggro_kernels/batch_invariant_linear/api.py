@@ -5,6 +5,7 @@ import torch
 from ggro_kernels.batch_invariant_linear.ops import batch_invariant_linear_op
 from ggro_kernels.checks import check_floating, check_tensor
 from ggro_kernels.dispatch import check_impl
+from ggro_kernels.library import constant
 
 
 def batch_invariant_linear(
@@ -46,14 +47,10 @@ def batch_invariant_linear(
     check_impl(impl)
     # -1 would not say how many rows there are where K is 0.
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    output = batch_invariant_linear_op(rows, _constant(weight), None if bias is None else _constant(bias), impl)
+    output = batch_invariant_linear_op(rows, constant(weight), None if bias is None else constant(bias), impl)
     return output.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _check_dtype(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-
-
-def _constant(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor

@@ -4,6 +4,7 @@ import torch
 
 from ggro_kernels.checks import check_floating, check_int64, check_shape, check_softcap, check_tensor
 from ggro_kernels.dispatch import check_impl
+from ggro_kernels.library import constant
 from ggro_kernels.prefix_attention.ops import prefix_attention_op
 
 
@@ -52,9 +53,11 @@ def prefix_attention(
         impl: "auto", "native", "triton" or "reference"; an explicit request runs or raises.
 
     Returns:
-        output [B, Hq, T, Dv] in the query's dtype, detached from the inputs, laid out in memory as [B, T, Hq, Dv].
-        Scores, softmax and sums are fp32 (fp64 for fp64 inputs). Prefix and branch are merged under one running softmax
-        (arXiv:1805.02867). A token whose every score is -inf gets NaN.
+        output [B, Hq, T, Dv] in the query's dtype, laid out in memory as [B, T, Hq, Dv]. Scores, softmax and sums are
+        fp32 (fp64 for fp64 inputs). Prefix and branch are merged under one running softmax (arXiv:1805.02867). A token
+        whose every score is -inf gets NaN. Differentiable once, in query, branch_key and branch_value; the prefix
+        counts as a constant. The way back computes the scores again; it has kernels on a CPU only and is eager torch
+        elsewhere.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices, options or impl.
@@ -103,8 +106,8 @@ def prefix_attention(
     check_impl(impl)
     return prefix_attention_op(
         query,
-        prefix_key,
-        prefix_value,
+        constant(prefix_key),
+        constant(prefix_value),
         branch_key,
         branch_value,
         branch_starts,

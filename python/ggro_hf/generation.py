@@ -24,8 +24,8 @@ def generate(
 ) -> list[Generation]:
     """Decode every prompt; one generation each, in order, with `prompt` and `text` filled in.
 
-    Methods that can decode several prompts at once, as many as have room for prompt and response in `max_batch_tokens`;
-    a finished one makes room for the next, and running out of memory halves their number.
+    Methods that can decode several prompts at once, as many as have room for prompt, response and the candidates beside
+    it in `max_batch_tokens`; a finished one makes room for the next, and running out of memory halves their number.
 
     A prompt is a string or a list of chat messages; the chat template is applied where the tokenizer has one.
     `progress` shows a bar over the prompts. Raises what the decoder raises, for the first prompt at fault.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ggro_hf.products import product_into
@@ -28,10 +28,10 @@ _Run = Callable[[], object]
 _FAST = {
     f"aten::{name}": getattr(module, name.partition(".")[0])
     for module, names in {
-        torch: "abs add.Tensor addmm bitwise_and.Tensor bmm cat cos cumsum div.Tensor eq.Scalar eq.Tensor exp "
-        "ge.Scalar ge.Tensor gt.Scalar gt.Tensor index_select le.Scalar le.Tensor log logical_and logical_not "
-        "lt.Scalar lt.Tensor maximum mean.dim minimum mm mul.Tensor neg pow.Tensor_Scalar reciprocal rsqrt sigmoid "
-        "sin sqrt sub.Tensor sum.dim_IntList tanh where.self",
+        torch: "abs add.Scalar add.Tensor addmm bitwise_and.Tensor bmm cat cos cumsum div.Scalar div.Tensor eq.Scalar "
+        "eq.Tensor exp ge.Scalar ge.Tensor gt.Scalar gt.Tensor index_select le.Scalar le.Tensor log logical_and "
+        "logical_not lt.Scalar lt.Tensor maximum mean.dim minimum mm mul.Scalar mul.Tensor neg pow.Tensor_Scalar "
+        "reciprocal rsqrt sigmoid sin sqrt sub.Tensor sum.dim_IntList tanh where.self",
         torch._C._nn: "gelu silu",
     }.items()
     for name in names.split()
@@ -44,6 +44,7 @@ _FAST_IN_PLACE = frozenset(
 _COPIES = frozenset({"clone", "_to_copy"})
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _FRESH = "lift_fresh"
+_OURS = frozenset({NAMESPACE, "ggro_hf"})
 
 
 class CaptureError(RuntimeError):
@@ -139,7 +140,7 @@ class _Log(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if _reads_values(func) and not _indexes(func, args):
             raise CaptureError(f"{func} brings values to the host")
-        if func.namespace == NAMESPACE:
+        if func.namespace in _OURS:
             return self._run_ours(func, args, kwargs)
         return self._run(func, args, kwargs)
 
@@ -159,6 +160,8 @@ class _Log(TorchDispatchMode):
             given = frozenset(_storage(tensor)._cdata for tensor in _tensors(args))
             self.entries.append(_Entry(func, (), {}, (), given, made, kernel))
             self.constant -= made
+            with _disable_current_modes():
+                kernel()
 
         self.keep(_tensors(args))
         self._keeps_all = True

@@ -131,6 +131,8 @@ def watching_steps() -> Iterator[list[int]]:
     """How many lanes each step serves."""
     served: list[int] = []
     plain = PolicyLanes.step
+    # Its trial would be counted.
+    takes_lanes(policy())
 
     def step(self, works):
         served.append(len(works))

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3NextConfig, T5Config, T5ForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from ggro_hf import RewardModel, generate, generate_iter
+from ggro_hf import ExhaustiveSearch, RewardModel, generate, generate_iter
 from ggro_hf.decoding import NoProgressError
 from ggro_hf.decoding import batch as batches_of
 from ggro_hf.decoding.base import Request
@@ -70,7 +70,7 @@ def test_the_rows_differ_in_how_they_end_and_are_searched():
     assert sum(generation.trace.nudges for generation in alone()) > 4
 
 
-@pytest.mark.parametrize(("budget", "at_once"), [(1, 1), (2 * 212, 2), (3 * 212, 3), (MANY, 7)])
+@pytest.mark.parametrize(("budget", "at_once"), [(1, 1), (2 * (212 + 17), 2), (3 * (212 + 17), 3), (MANY, 7)])
 def test_rows_equal_their_single_runs_whatever_the_budget(budget, at_once):
     with watching_steps() as served:
         found = list(decoder().respond_all(iter(requests()), budget))
@@ -143,7 +143,7 @@ def test_no_more_prompts_are_taken_than_there_is_room_for_and_one():
 
     finished = 0
     with watching_steps() as served:
-        for _ in decoder().respond_all(lazily(), 3 * 16):
+        for _ in decoder().respond_all(lazily(), 3 * (16 + 17)):
             finished += 1
             # Those finished out of turn made room for others.
             assert taken <= len(own)
@@ -160,14 +160,24 @@ def test_room_is_counted_by_the_longest():
     plain = PolicyLanes.step
 
     def step(self, works):
-        sizes.append(sum(len(lane.token_ids) for lane, _ in works))
+        sizes.append(sum(len(lane.token_ids) + self.cache.columns for lane, _ in works))
         return plain(self, works)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyLanes, "step", step)
-        found = list(decoder().respond_all(own, 2 * 46))
+        found = list(decoder().respond_all(own, 2 * (46 + 17)))
     assert_all_equal(found, [decoder().respond(request) for request in own])
-    assert max(sizes) <= 2 * 46
+    assert max(sizes) <= 2 * (46 + 17)
+
+
+def test_candidates_take_room_too():
+    search = ExhaustiveSearch(reward(), candidates=5, entropy_threshold=1.0)
+    own = [Request(policy(), prompt, 6, EOS, row) for row, prompt in enumerate(prompts(*[10] * 9))]
+    # Every lane has five rows of 16 columns, and one that is nobody's.
+    with watching_steps() as served:
+        found = list(search.respond_all(own, 2 * (16 + 5 * 16 + 1)))
+    assert max(served) == 2
+    assert_all_equal(found, [search.respond(request) for request in own])
 
 
 def test_a_long_prompt_leaves_no_large_buffers_behind():

@@ -20,6 +20,7 @@ from tests.ggro_kernels import test_entropy_topk_backward as backward_tests
 from tests.ggro_kernels import test_lm_head_entropy_topk as lm_head_tests
 from tests.ggro_kernels import test_merge_partials as merge_tests
 from tests.ggro_kernels import test_prefix_attention as attention_tests
+from tests.ggro_kernels import test_prefix_attention_backward as attention_backward_tests
 from tests.ggro_kernels import test_project_topk as project_topk_tests
 from tests.ggro_kernels.implementations import on_threads
 from tests.ggro_kernels.placed import (
@@ -412,3 +413,12 @@ def test_prefix_attention(kernel_impl: str, arguments: dict[str, Any], threads: 
     output = attention_tests.check(arguments, kernel_impl)
     again = shared_by(threads, lambda: prefix_attention(**arguments, impl=kernel_impl))
     assert_bitwise_equal(again, output)
+
+
+@settings(max_examples=25)
+@given(arguments=attentions(), threads=strategies.thread_counts)
+def test_prefix_attention_backward(native_impl: str, arguments: dict[str, Any], threads: int) -> None:
+    found = attention_backward_tests.check(arguments, native_impl)
+    gradient = attention_backward_tests.output_gradient(arguments)
+    again = shared_by(threads, lambda: attention_backward_tests.gradients(arguments, gradient, native_impl))
+    assert_bitwise_equal(again.values(), found.values())

@@ -339,12 +339,6 @@ def test_fp64_goes_through_the_reference() -> None:
     torch.testing.assert_close(output, attend_token_by_token(arguments, torch.float64), rtol=1e-12, atol=1e-12)
 
 
-def test_outputs_are_detached(impl: str) -> None:
-    arguments = inputs(1, 4, 2, 24, 50, (2, 3))
-    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items() if x.is_floating_point()}
-    assert not prefix_attention(**arguments | leaves, impl=impl).requires_grad
-
-
 @pytest.mark.parametrize(
     ("name", "place", "value", "message"),
     [

@@ -22,6 +22,7 @@
   X(lm_head_entropy_topk, LmHeadEntropyTopKArgs)                       \
   X(merge_partials, MergePartialsArgs)                                 \
   X(prefix_attention, PrefixAttentionArgs)                             \
+  X(prefix_attention_backward, PrefixAttentionBackwardArgs)            \
   X(project_topk, ProjectTopKArgs)                                     \
   X(score_select, ScoreSelectArgs)                                     \
   X(weighted_bt_loss, WeightedBTLossArgs)                              \

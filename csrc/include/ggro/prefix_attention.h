@@ -48,4 +48,38 @@ struct PrefixAttentionArgs {
   int num_threads;
 };
 
+// What reaches the queries and the keys and values of the branches from a gradient of the output; the prefix is a
+// constant. Fields as above.
+//
+// Sums are fp32, rounded to the dtype once. Tokens that begin at different branch_starts have no influence on each
+// other's gradients, be it NaN, and what no token sees is not read into any. Memory beside the outputs is a head's
+// branches in fp32 for each thread, and scores of a few rows. A key head is one thread's work.
+struct PrefixAttentionBackwardArgs {
+  DType dtype;
+  HeadsView gradient;  // [batch, query_heads, tokens, value_width]
+  HeadsView query;
+  HeadsView prefix_key;
+  HeadsView prefix_value;
+  HeadsView branch_key;
+  HeadsView branch_value;
+  const int64_t* branch_starts;
+  const int64_t* branch_ends;
+  const int64_t* prefix_lengths;
+  int64_t batch;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t tokens;
+  int64_t prefix_tokens;
+  int64_t branch_tokens;
+  int64_t key_width;
+  int64_t value_width;
+  float scale;
+  float softcap;
+  int64_t window;
+  void* query_gradient;  // [batch, tokens, query_heads, key_width], contiguous
+  void* key_gradient;    // [batch, branch_tokens, key_heads, key_width], contiguous
+  void* value_gradient;  // [batch, branch_tokens, key_heads, value_width], contiguous
+  int num_threads;
+};
+
 }  // namespace ggro

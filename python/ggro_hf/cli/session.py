@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-batch-tokens",
         type=positive,
         metavar="N",
-        help=f"ggro: tokens of prompts and responses that are decoded at once ({MAX_BATCH_TOKENS})",
+        help=f"ggro: tokens of prompts, responses and candidates that are decoded at once ({MAX_BATCH_TOKENS})",
     )
     method.add_argument(
         "--preset", choices=PRESETS, metavar="NAME", help=f"settings of a method by name: {', '.join(PRESETS)}"

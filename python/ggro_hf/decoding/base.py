@@ -122,8 +122,8 @@ class Decoder(ABC):
     def respond_all(self, requests: Iterable[Request], max_batch_tokens: int) -> Iterator[Generation]:
         """Decode responses in order, as `respond` does: several at once where the method can.
 
-        As many as have room for prompt and response in `max_batch_tokens`; one always does. What decoding one raises,
-        or taking it from `requests`, is raised in its turn; those after it can still be had.
+        As many as have room for prompt, response and the candidates beside it in `max_batch_tokens`; one always does.
+        What decoding one raises, or taking it from `requests`, is raised in its turn; those after it can still be had.
         """
         return map(self.respond, requests)
 

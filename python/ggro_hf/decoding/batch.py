@@ -113,7 +113,7 @@ class _Response:
 
 
 class Batch(Iterator[Generation]):
-    """Decodes requests in as many lanes as fit `max_batch_tokens` tokens of prompt and response; one always does.
+    """Decodes requests in as many lanes as fit `max_batch_tokens` tokens (see `respond_all`); one always does.
 
     The responses come in the order of the requests. What decoding one raises is raised in its turn; those after it can
     still be had. Out of memory, it goes on with half as many, and decodes the others again later.
@@ -164,7 +164,7 @@ class Batch(Iterator[Generation]):
             number, request = following
             capacity = max([request.total, *(one.request.total for one in self._active)])
             lanes = len(self._active) + 1
-            if lanes > 1 and (lanes * capacity > self._max_batch_tokens or lanes > (self._most or lanes)):
+            if lanes > 1 and lanes > min(self._affordable(capacity), self._most or lanes):
                 return
             self._at_once = lanes
             try:
@@ -178,6 +178,11 @@ class Batch(Iterator[Generation]):
             else:
                 self._active.append(response)
             self._waiting.popleft()
+
+    def _affordable(self, capacity: int) -> int:
+        """How many lanes of that many tokens there may be, with the columns of the candidates that they have."""
+        assert self._lanes is not None
+        return self._max_batch_tokens // (capacity + self._lanes.cache.columns)
 
     def _peek(self) -> tuple[int, Request] | None:
         """The request to begin with next."""
@@ -214,7 +219,7 @@ class Batch(Iterator[Generation]):
                 request.model, self._decoder._reader(), 1, capacity, self._decoder._rows(alone=False)
             )
         elif used == self._lanes.cache.lanes or capacity > self._lanes.cache.capacity:
-            most = max(used + 1, self._max_batch_tokens // capacity)
+            most = max(used + 1, self._affordable(capacity))
             self._lanes.resize(min(most, self._most or most, max(2 * used, used + 1)), capacity)
         return self._lanes
 

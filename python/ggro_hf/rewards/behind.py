@@ -4,9 +4,10 @@ So a pass can be recorded once for a number of tokens, whatever prefixes, of wha
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -16,11 +17,16 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ggro_hf.attention import window_for_mask
-from ggro_hf.cache import RewindableCache
+from ggro_hf.cache import RewindableCache, RewindableLayer
+from ggro_kernels.library import automatic
+from ggro_kernels.native import call_observed, is_observed
+from ggro_kernels.prefix_attention.native import prepared
+from ggro_kernels.prefix_attention.ops import prefix_attention_backward_op, prefix_attention_op
 
 BEHIND_PREFIXES = "ggro_behind_prefixes"
 """The attention implementation; a forward gets `behind=`, the number that `holding` gave."""
 
+_CPU = torch.device("cpu")
 _UNSUPPORTED = ("position_bias", "s_aux", "cache", "cu_seq_lens_q")
 
 
@@ -48,10 +54,6 @@ class Behind:
         ends = list(accumulate((len(segment) for segment in self.segments), initial=self.length))
         return list(itertools.pairwise(ends))
 
-    def first_key(self, window: int | None) -> int:
-        """The first key that a token could see."""
-        return 0 if window is None else max(0, self.length - window + 1)
-
     @property
     def starts(self) -> list[int]:
         """Of every token where its segment starts among them."""
@@ -59,30 +61,20 @@ class Behind:
 
 
 class Held:
-    """What a pass is over: parts one after another, and of every token its position and its segment's start."""
+    """What a pass is over: parts one after another, and of every token the start of its segment in its part."""
 
-    def __init__(self, parts: Sequence[Behind], positions: Tensor, starts: Tensor) -> None:
-        """`positions[T]` and `starts[T]` int64, on the model's first device."""
-        first = [0, *accumulate(part.tokens for part in parts)]
-        self.parts = [(part, slice(*ends)) for part, ends in zip(parts, itertools.pairwise(first), strict=True)]
-        self._positions, self._starts = positions, starts
-        self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
+    def __init__(self, parts: Sequence[Behind], starts: Tensor) -> None:
+        """`starts[T]` int64."""
+        ends = list(accumulate((part.tokens for part in parts), initial=0))
+        self.parts = [(part, slice(*own)) for part, own in zip(parts, itertools.pairwise(ends), strict=True)]
+        self.tokens = ends[-1]
+        self._starts = {starts.device: starts}
 
-    def mask(self, number: int, window: int | None, device: torch.device) -> Tensor:
-        """[tokens, keys] from the first key on of one of the parts, to be added to scores."""
-        key = number, window, device
-        if key not in self._masks:
-            self._masks[key] = self._mask(*self.parts[number], window, device)
-        return self._masks[key]
-
-    def _mask(self, part: Behind, own: slice, window: int | None, device: torch.device) -> Tensor:
-        position, start = self._positions[own].to(device)[:, None], self._starts[own].to(device)[:, None]
-        token = torch.arange(part.tokens, device=device)
-        behind = torch.arange(part.first_key(window), part.length, device=device).expand(part.tokens, -1)
-        sees = torch.cat([torch.ones_like(behind, dtype=torch.bool), (token >= start) & (token <= token[:, None])], 1)
-        if window is not None:
-            sees &= torch.cat([behind, position - token[:, None] + token], 1) > position - window
-        return torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)
+    def starts(self, device: torch.device) -> Tensor:
+        """[T], on a layer's device."""
+        if device not in self._starts:
+            self._starts[device] = next(iter(self._starts.values())).to(device)
+        return self._starts[device]
 
 
 _held: dict[int, Held] = {}
@@ -115,15 +107,19 @@ def _attend(
     window: int | None,
 ) -> Tensor:
     """[1, T, Hq, D] for query [1, Hq, T, D] and new keys and values [1, Hkv, T, D], which join their caches."""
-    output = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    if _can_be_prepared(query, key, value):
+        attend = prepared(query, key, value, (output,), scale, softcap, window)
+        call_observed(partial(_replay, attend, number, layer, (output,), (key, value)))
+        return output
     held = _held[number]
-    for index, (part, own) in enumerate(held.parts):
-        part.cache.rewindable[layer].length = part.length
-        part.cache.rewindable[layer].write(key[:, :, own], value[:, :, own])
-        mask = held.mask(index, window, query.device)
-        _, _, values, weights, _ = _weights(part, query[0, :, own], mask, layer, scale, softcap, window)
-        output[own] = _by_head(weights.to(values.dtype) @ values, part.tokens)
-    return output[None]
+    output[:, held.tokens :] = 0
+    for part, own in held.parts:
+        buffers = _joined(part, layer, key[:, :, own], value[:, :, own])
+        inputs = _inputs(query, key, value, part, own, buffers, held)
+        attended = prefix_attention_op(*inputs, None, None, scale, softcap, window, "auto")
+        output[:, own] = attended.transpose(1, 2)
+    return output
 
 
 def _attend_backward(
@@ -138,54 +134,69 @@ def _attend_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; what is in the prefixes is constant."""
-    of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
+    outputs = tuple(x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
+    of_query, of_key, of_value = (x.transpose(1, 2) for x in outputs)
+    if _can_be_prepared(gradient, query, key, value):
+        attend = prepared(query, key, value, outputs, scale, softcap, window, gradient.transpose(1, 2))
+        call_observed(partial(_replay, attend, number, layer, outputs))
+        return of_query, of_key, of_value
     held = _held[number]
-    for index, (part, own) in enumerate(held.parts):
-        mask = held.mask(index, window, query.device)
-        queries, keys, values, weights, capped = _weights(part, query[0, :, own], mask, layer, scale, softcap, window)
-        tokens = part.tokens
-        of_output = _by_key_head(gradient[0, own].transpose(0, 1), keys.shape[0])
-        of_value[0, :, own] = (weights[..., -tokens:].to(values.dtype).mT @ of_output).to(value.dtype)
-        of_weights = (of_output @ values.mT).to(weights.dtype)
-        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
-        if softcap is not None:
-            of_scores *= 1 - (capped / softcap) ** 2
-        of_scores = (of_scores * scale).to(keys.dtype)
-        of_query[0, :, own] = _by_head(of_scores @ keys, tokens).transpose(0, 1)
-        of_key[0, :, own] = of_scores[..., -tokens:].mT @ queries
+    for output in outputs:
+        output[:, held.tokens :] = 0
+    for part, own in held.parts:
+        inputs = _inputs(query, key, value, part, own, part.cache.rewindable[layer], held)
+        of_output = gradient[:, own].transpose(1, 2)
+        gradients = prefix_attention_backward_op(of_output, *inputs, None, None, scale, softcap, window, "auto")
+        for whole, of_part in zip((of_query, of_key, of_value), gradients, strict=True):
+            whole[:, :, own] = of_part
     return of_query, of_key, of_value
 
 
-def _weights(
-    part: Behind,
-    query: Tensor,
-    mask: Tensor,
+def _can_be_prepared(*tensors: Tensor) -> bool:
+    """Whether a recording can have the kernels themselves: torch's calls of them take longer than they do."""
+    first = tensors[0]
+    return (
+        is_observed()
+        and automatic("prefix_attention", first.device, first.dtype) == "native"
+        and all(x.stride(-1) == 1 for x in tensors)
+    )
+
+
+def _replay(
+    attend: Callable[..., None],
+    number: int,
     layer: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Queries [Hkv, group * T, D], keys and values [Hkv, N, D], weights and scores [Hkv, group * T, N]."""
+    outputs: tuple[Tensor, ...],
+    joining: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """What a recording runs: `attend` over all parts; new keys and values that are joining go to their caches."""
+    held = _held[number]
+    starts = held.starts(_CPU)
+    address = starts.data_ptr()
+    if held.tokens < len(starts):
+        for output in outputs:
+            output[:, held.tokens :] = 0
+    for part, own in held.parts:
+        buffers = part.cache.rewindable[layer]
+        if joining is not None:
+            _joined(part, layer, *(x[:, :, own] for x in joining))
+        first, tokens = own.start, own.stop - own.start
+        attend(buffers.keys, buffers.values, part.length, address + first * starts.itemsize, first, tokens)
+
+
+def _joined(part: Behind, layer: int, keys: Tensor, values: Tensor) -> RewindableLayer:
     buffers = part.cache.rewindable[layer]
-    visible = slice(part.first_key(window), part.length + part.tokens)
-    keys, values = buffers.keys[0, :, visible], buffers.values[0, :, visible]
-    queries = _by_key_head(query, keys.shape[0])
-    # Softmax in fp32 at least.
-    scores = (queries @ keys.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    masked = scores.unflatten(1, (-1, part.tokens)) + mask.to(scores)
-    return queries, keys, values, masked.softmax(-1).flatten(1, 2), scores
+    buffers.length = part.length
+    buffers.write(keys, values)
+    return buffers
 
 
-def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
-    """[Hkv, group * T, D] of [Hq, T, D]."""
-    return x.reshape(key_heads, -1, x.shape[-1])
-
-
-def _by_head(x: Tensor, tokens: int) -> Tensor:
-    """[T, Hq, D] of [Hkv, group * T, D]."""
-    return x.reshape(-1, tokens, x.shape[-1]).transpose(0, 1)
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, part: Behind, own: slice, buffers: RewindableLayer, held: Held
+) -> tuple[Tensor, ...]:
+    """What `prefix_attention` takes of a part, up to `branch_starts`."""
+    prefix = (x[:, :, : part.length] for x in (buffers.keys, buffers.values))
+    return query[:, :, own], *prefix, key[:, :, own], value[:, :, own], held.starts(query.device)[None, own]
 
 
 _library = torch.library.Library("ggro_hf", "DEF")

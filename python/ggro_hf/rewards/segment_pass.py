@@ -90,7 +90,7 @@ class _Pass:
             [int(token in ends) for token in range(tokens)],
         ]
         self._inputs.copy_(to_device([row + [0] * (tokens - len(row)) for row in rows], None), non_blocking=True)
-        return Held(parts, self._inputs[1], self._inputs[2])
+        return Held(parts, self._inputs[2])
 
     def _run(self) -> tuple[Tensor, Tensor | None]:
         model: Any = self._model

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ggro_hf.results import Counters
-from ggro_hf.rewards import RewardModel, RewardPrefix, score_segments
+from ggro_hf.rewards import RewardModel, RewardPrefix, behind, score_segments
 from ggro_hf.rewards import segment_pass as segment_passes
+from ggro_kernels.library import automatic
 from tests.ggro_hf.small_models import FAMILIES, PAD, SLIDING_WINDOW, _as_dtype, small_reward
 
 VOCABULARY = 61
@@ -234,6 +235,15 @@ def test_a_pass_is_bitwise_the_same_beside_whatever_other_segments():
         assert found[0].reward == found[1].reward
         assert torch.equal(found[0].gradient, found[1].gradient)
         assert_scores(found[0], scored.model, ids, segment, 2, 3e-5)
+
+
+@pytest.mark.skipif(automatic("prefix_attention", torch.device("cpu"), torch.float32) != "native", reason="no kernels")
+def test_a_recording_calls_the_kernels_itself():
+    scored = reward("llama", torch.float32)
+    prefix = opened(scored, [5, 6, 7])
+    with mock.patch.multiple(behind, prefix_attention_op=None, prefix_attention_backward_op=None):
+        for segment in ([8, 9, 10], [11, 12]):
+            assert_scores(prefix.score(segment, 2), scored.model, [5, 6, 7], segment, 2, 3e-5)
 
 
 def test_nan_stays_with_its_segment():
