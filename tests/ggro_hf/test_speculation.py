@@ -12,6 +12,7 @@ from ggro_hf.decoding.speculation import ChainStatistics, Costs, Plan, Speculati
 from ggro_hf.policy_lanes import takes_lanes
 from ggro_hf.results import Generation
 from ggro_hf.rewards import RewardPrefix
+from tests.ggro_hf.batches import watching_steps
 from tests.ggro_hf.device_cases import assert_same
 from tests.ggro_hf.small_models import small_policy, small_reward, small_tokenizer
 
@@ -65,6 +66,19 @@ def test_all_candidates_at_once_miss_once_a_segment():
     generation = respond(policy, reward, speculate=9)
     nudged = sum(len(segment.candidates) > 1 for segment in generation.trace.segments)
     assert generation.counters.speculation_misses == nudged
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_decoded_ahead_takes_no_steps_of_its_own(family):
+    policy, reward = models(family)
+    assert takes_lanes(policy)
+    alone = respond(policy, reward, speculate=1).counters.policy_tokens - len(PROMPT)
+    for speculate in (2, 3, 9):
+        with watching_steps() as served:
+            generation = respond(policy, reward, speculate=speculate)
+        assert generation.counters.speculation_hits > 0
+        # Those that are looked up save some.
+        assert 0 < len(served) < alone
 
 
 def test_a_candidate_that_nobody_asks_for_may_be_nan():

@@ -51,6 +51,7 @@ class Pass:
     position: Position
     token_ids: list[int] = field(default_factory=list)
     positions: list[Position] = field(default_factory=list)
+    complete: bool = False
     finished: bool = False
     # Where the segment ended before a token that the next one opens with.
     boundary: Position | None = None
@@ -101,51 +102,53 @@ def decode(
     offset: int,
     asked: int | None = None,
 ) -> Decoding[None]:
-    """Decode candidates side by side, each from its position on; the first `offset` tokens are in the sequence.
+    """Decode candidates side by side until the first `asked` are complete, by default all.
 
-    Raises FloatingPointError where the reader does for one of the first `asked`, of all by default; others have failed.
+    Their first `offset` tokens are in the sequence already. The others may go on in a later call, as long as they keep
+    their rows. Raises FloatingPointError where the reader does for one that is asked for; others have failed.
     """
-    asked = len(passes) if asked is None else asked
+    wanted = passes[:asked]
     sequence = policy.token_ids
     recent, start = sequence[-_STOP_CONTEXT:], len(sequence) - offset
-    for row, candidate in enumerate(passes):
-        candidate.row = row
-        policy.clear(row)
-    active = list(enumerate(passes))
-    while True:
-        active = [one for one in active if not _choose_next(one[1], recent, start, offset, settings, rules)]
-        if not active:
-            return
+    taken = {candidate.row for candidate in passes}
+    free = (row for row in range(policy.rows) if row not in taken)
+    for candidate in passes:
+        if candidate.row is None:
+            candidate.row = next(free)
+            policy.clear(candidate.row)
+            _choose_next(candidate, recent, start, offset, settings, rules)
+    while not all(candidate.complete for candidate in wanted):
+        active = [candidate for candidate in passes if not (candidate.complete or candidate.failed)]
         # The token after the next will be wanted where the next is neither forced nor able to end the segment.
-        first = active[0][1]
+        first = active[0]
         decoded = len(first.token_ids) + 1
-        free = decoded - offset > len(first.forced) and not settings.checked(decoded)
-        tokens = {row: candidate.token_ids[-1] for row, candidate in active}
-        positions = yield Step(tokens, run_ahead=free and start + decoded < settings.total)
-        for (row, candidate), position in zip(active, positions, strict=True):
+        certain = decoded - offset > len(first.forced) and not settings.checked(decoded)
+        tokens = {candidate.row: candidate.token_ids[-1] for candidate in active if candidate.row is not None}
+        positions = yield Step(tokens, run_ahead=certain and start + decoded < settings.total)
+        for candidate, position in zip(active, positions, strict=True):
             if not isinstance(position, FloatingPointError):
                 candidate.position = position
-            elif row < asked:
+                _choose_next(candidate, recent, start, offset, settings, rules)
+            elif candidate in wanted:
                 raise position
             else:
                 candidate.failed = True
-        active = [one for one in active if not one[1].failed]
 
 
 def _choose_next(
     candidate: Pass, recent: list[int], start: int, offset: int, settings: SegmentSettings, rules: EndRules
-) -> bool:
-    """Add the next token; say whether it ended the candidate."""
+) -> None:
+    """Add the next token, which may complete the candidate."""
     tokens, position = candidate.token_ids, candidate.position
     token = candidate.choose(len(tokens) - offset)
     tokens.append(token)
     candidate.positions.append(position)
-    complete = start + len(tokens) >= settings.total
+    at_length = start + len(tokens) >= settings.total
     uncertain = settings.checked(len(tokens)) and position.entropy >= settings.entropy_threshold
-    if not (complete or uncertain or rules.stop((recent + tokens[offset:])[-_STOP_CONTEXT - 1 :])):
-        return False
+    candidate.complete = at_length or uncertain or rules.stop((recent + tokens[offset:])[-_STOP_CONTEXT - 1 :])
+    if not candidate.complete:
+        return
     candidate.finished = token in rules.finish_ids
-    if not candidate.finished and not complete:
+    if not candidate.finished and not at_length:
         candidate.boundary, candidate.boundary_token = position, token
         del tokens[-1], candidate.positions[-1]
-    return True

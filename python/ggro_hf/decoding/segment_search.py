@@ -54,7 +54,7 @@ class SegmentSearch(SegmentDecoding):
         yield from self._score([base], offset, shared, last=refinements == 1)
 
         passes, best, current = [base], self._better(None, base), base
-        # Decoded, if not scored yet, and not asked for so far.
+        # Those not asked for so far: complete or not, scored or not.
         known: dict[tuple[int, ...], Pass] = {}
         for refinement in range(1, refinements):
             if not current.next_forced or _tried(current.next_forced, passes, offset):
@@ -62,21 +62,23 @@ class SegmentSearch(SegmentDecoding):
             last = refinement + 1 == refinements
             self._observe(current, first=refinement == 1)
             asked = known.pop(current.next_forced, None)
-            if asked is not None:
-                self.counters.speculation_hits += 1
-                batch = [asked]
-            else:
+            if asked is None:
                 self.counters.speculation_misses += 1
-                batch = self._batch(base, current, passes, known.values(), offset)
-                self._keep_rows([*known.values(), best])
+                asked = self._candidate(base, current.next_forced, offset)
+            else:
+                self.counters.speculation_hits += 1
+            batch = [asked]
+            if not asked.complete:
+                batch += self._beside(base, current, passes, known, offset)
+                self._keep_rows([*(one for one in known.values() if one.complete), best])
                 yield from decode(batch, self._policy, self._settings, self._rules, offset, asked=1)
                 # One that failed is decoded again if it is asked for, and then it fails.
-                batch = [candidate for candidate in batch if not candidate.failed]
-                known.update((candidate.forced, candidate) for candidate in batch[1:])
+                known.update((one.forced, one) for one in batch[1:])
+                known = {forced: one for forced, one in known.items() if not one.failed}
             current = batch[0]
             if is_among(current, passes):
                 break
-            others = batch[1:] if self._plan.scores_ahead else []
+            others = [one for one in batch[1:] if one.complete] if self._plan.scores_ahead else []
             unscored = [one for one in (current, *others) if not one.scored and not is_among(one, passes)]
             if unscored:
                 self._keep_places([*known.values(), best])
@@ -89,17 +91,29 @@ class SegmentSearch(SegmentDecoding):
         self._count_waste(known.values(), offset)
         return self._choose(best, passes, offset, shared)
 
-    def _batch(self, base: Pass, current: Pass, tried: list[Pass], known: Iterable[Pass], offset: int) -> list[Pass]:
-        """The candidate that `current` asks for, and those that the chain may come to ask for."""
-        forced = [current.next_forced]
+    def _beside(
+        self, base: Pass, current: Pass, tried: list[Pass], known: dict[tuple[int, ...], Pass], offset: int
+    ) -> list[Pass]:
+        """What to decode beside the candidate that `current` asks for: what the chain may come to ask for."""
+        begun = [candidate for candidate in known.values() if not candidate.complete]
         # A run of forced tokens is not ranked, and the last refinement asks for nothing more.
-        if self._settings.nudge_tokens == 1 and len(tried) + 1 < self._settings.refinements:
+        if self._settings.nudge_tokens > 1 or len(tried) + 1 >= self._settings.refinements:
+            others = []
+        else:
             self._plan = self._speculation.plan(len(base.token_ids) - offset)
-            taken = {candidate.token_ids[offset] for candidate in (*tried, *known)}
             ranked = ranked_proposals(current, base.positions[offset].tokens)
+            taken = {candidate.token_ids[offset] for candidate in (*tried, *known.values())}
             self._ranking = [token for token in ranked if token not in taken]
-            forced += [(token,) for token in self._ranking[1 : self._plan.rows]]
-        return [self._candidate(base, tokens, offset) for tokens in forced]
+            new = [
+                self._candidate(base, (token,), offset) for token in self._ranking if (token,) != current.next_forced
+            ]
+            others = [*begun, *new][: self._plan.rows - 1]
+        # Their rows are for others now.
+        forgotten = [candidate for candidate in begun if candidate not in others]
+        for candidate in forgotten:
+            del known[candidate.forced]
+        self._count_waste(forgotten, offset)
+        return others
 
     def _observe(self, current: Pass, *, first: bool) -> None:
         """Learn from what the chain asks for; the first link is the best of its ranking by definition."""
